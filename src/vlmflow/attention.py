@@ -1,0 +1,128 @@
+"""Tensor maths of attention and of token selection: nothing here knows a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_ROW_BUDGET = 1 << 26  # attention weights alive at once while scores are summed (256 MB in float32)
+
+
+def right_align(flags: Bool[Tensor, "batch length"], count: int) -> Int[Tensor, "batch count"]:
+    """Indices of the set flags, ascending, right-aligned in ``count`` columns.
+
+    A row with fewer than ``count`` set flags is filled up, on the left, with indices of unset ones.
+    """
+    order = torch.argsort(flags.to(torch.int8), dim=1, stable=True)
+    return order[:, flags.shape[1] - count :]
+
+
+def take_sequence(
+    states: Float[Tensor, "*lead length channel"], index: Int[Tensor, "batch count"]
+) -> Float[Tensor, "*lead2 count channel"]:
+    """Gather along the sequence of ``states`` (..., batch or 1, length, channel), a different set for each sample."""
+    batch = index.shape[0]
+    states = states.expand(*states.shape[:-3], batch, *states.shape[-2:])
+    index = index.to(states.device).view(*[1] * (states.dim() - 3), batch, -1, 1)
+    return torch.take_along_dim(states, index, dim=-2)
+
+
+def select_mask(
+    mask: Tensor,
+    rows: Int[Tensor, "batch row"] | None,
+    columns: Int[Tensor, "batch column"],
+    columns_valid: Bool[Tensor, "batch column"],
+) -> Tensor:
+    """Gather rows and columns of a 4-D attention mask (batch or 1, heads or 1, query, key).
+
+    ``rows`` None keeps all rows. Columns outside of the mask, or not valid, become masked. The mask may be boolean
+    (True: visible) or additive.
+    """
+    mask = mask.expand(columns.shape[0], *mask.shape[1:])
+    if rows is not None:
+        mask = torch.take_along_dim(mask, rows.to(mask.device)[:, None, :, None], dim=2)
+    columns, columns_valid = columns.to(mask.device), columns_valid.to(mask.device)
+    visible = (columns_valid & (columns >= 0) & (columns < mask.shape[-1]))[:, None, None, :]
+    mask = torch.take_along_dim(mask, columns.clamp(0, mask.shape[-1] - 1)[:, None, None, :], dim=3)
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
+def causal_mask(n_query: int, key_valid: Bool[Tensor, "batch key"]) -> Bool[Tensor, "batch 1 query key"]:
+    """A boolean causal mask whose last query is aligned with the last key; keys that are not valid are masked."""
+    n_key = key_valid.shape[1]
+    query = torch.arange(n_key - n_query, n_key, device=key_valid.device)
+    visible = torch.arange(n_key, device=key_valid.device) <= query[:, None]
+    return (visible & key_valid[:, None, :])[:, None]
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Some queries of one attention layer with the keys they see: attention rows on demand, never the whole map.
+
+    ``query`` and ``key`` are post-rotary. ``mask`` is boolean or additive; ``row_valid`` is False for rows that only
+    pad a ragged batch: they attend to nothing.
+    """
+
+    query: Float[Tensor, "batch heads row channel"]
+    key: Float[Tensor, "batch kv_heads key channel"]
+    mask: Tensor
+    row_valid: Bool[Tensor, "batch row"]
+    scaling: float
+    softcap: float | None = None
+
+    @classmethod
+    def take(
+        cls,
+        query: Float[Tensor, "batch heads query channel"],
+        key: Float[Tensor, "batch kv_heads key channel"],
+        mask: Tensor | None,
+        rows: Int[Tensor, "batch row"],
+        row_valid: Bool[Tensor, "batch row"],
+        scaling: float | None = None,
+        softcap: float | None = None,
+    ) -> QueryRows:
+        """Pick ``rows`` of a layer's queries.
+
+        ``mask`` is what the layer's kernel got: 4-D (boolean or additive), 2-D padding, or None for plain causal
+        attention; in the last two cases the last query is aligned with the last key.
+        """
+        n_query, n_key = query.shape[2], key.shape[2]
+        rows, row_valid = rows.to(query.device), row_valid.to(query.device)
+        if mask is not None and mask.dim() == 4:
+            mask = mask[..., :n_key].expand(query.shape[0], -1, -1, -1)
+            mask = torch.take_along_dim(mask, rows[:, None, :, None], dim=2)
+        else:
+            visible = torch.arange(n_key, device=query.device) <= (rows + (n_key - n_query))[..., None]
+            if mask is not None:
+                visible = visible & mask[:, None, :n_key].bool()
+            mask = visible[:, None]
+        query = torch.take_along_dim(query, rows[:, None, :, None], dim=2)
+        return cls(query, key, mask, row_valid, scaling or query.shape[-1] ** -0.5, softcap)
+
+    def weights(self, first: int = 0, last: int | None = None) -> Float[Tensor, "batch heads row key"]:
+        """Attention weights of rows ``first`` to ``last``, softmax in float32, as the layer computes them."""
+        query, mask, row_valid = self.query[:, :, first:last], self.mask[:, :, first:last], self.row_valid[:, first:last]
+        batch, heads, n_row, channel = query.shape
+        kv_heads, n_key = self.key.shape[1], self.key.shape[2]
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads * n_row, channel)
+        logits = (grouped @ self.key.transpose(2, 3)).reshape(batch, heads, n_row, n_key) * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = logits.float()
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+        return torch.softmax(logits, dim=-1).nan_to_num(0.0) * row_valid[:, None, :, None]
+
+    def received(self) -> Float[Tensor, "batch key"]:
+        """Attention that each key receives: mean over heads, sum over the rows (Eq. 8 and 9)."""
+        batch, heads, n_row, _ = self.query.shape
+        n_key = self.key.shape[2]
+        step = max(1, _ROW_BUDGET // max(1, batch * heads * n_key))
+        total = torch.zeros(batch, n_key, dtype=torch.float32, device=self.query.device)
+        for first in range(0, n_row, step):
+            total += self.weights(first, first + step).mean(1).sum(1)
+        return total

@@ -1,0 +1,92 @@
+"""What happened to the image tokens of the latest prefill."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, overload
+
+from jaxtyping import Int
+from torch import Tensor
+
+from vlmflow.engine.prefill import Prefill
+from vlmflow.layout import Layout
+from vlmflow.pruners import Pruner
+
+
+class Trace:
+    """The record of the latest prefill: of the reading thread's own, or of any if that thread has run none.
+
+    Layers are 0-based, and a layer's entry is what it saw: the tokens that entered it.
+
+    Raises:
+        RuntimeError: by every attribute, before the first prefill.
+    """
+
+    def __init__(self, config: Any, pruner: Pruner | None, n_layers: int):
+        self.pruner = pruner
+        self.n_layers = n_layers
+        self._config = config
+        self._own = threading.local()
+        self._latest: Prefill | None = None
+
+    def take(self, prefill: Prefill) -> None:
+        """Remember a prefill that has ended."""
+        self._own.prefill = self._latest = prefill
+
+    @property
+    def layout(self) -> Layout:
+        """The prompt's segments."""
+        return self._prefill.layout
+
+    @property
+    def kept(self) -> Kept:
+        """Prompt positions of the image tokens that entered each layer: ``kept[layer][sample]``, ascending."""
+        return Kept(self._prefill, self.n_layers)
+
+    @property
+    def image_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Image tokens that entered each layer, by sample: ``image_tokens[layer][sample]``."""
+        return tuple(self._prefill.selection_at(layer).image_tokens for layer in range(self.n_layers))
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Prompt tokens that entered each layer, padding not counted: ``tokens[layer][sample]``."""
+        return tuple(self._prefill.selection_at(layer).tokens for layer in range(self.n_layers))
+
+    @property
+    def kv_lengths(self) -> tuple[int, ...]:
+        """Slots that each layer's KV cache held after the prefill, padding of ragged batches included."""
+        return tuple(self._prefill.kv_length(layer) for layer in range(self.n_layers))
+
+    @property
+    def _prefill(self) -> Prefill:
+        prefill = vars(self._own).get("prefill", self._latest)
+        if prefill is None:
+            raise RuntimeError("Trace: no prompt has been read yet; run the model inside the session first")
+        return prefill
+
+
+class Kept(Sequence[tuple[Int[Tensor, " count"], ...]]):
+    """By layer and sample, the prompt positions of the image tokens that entered the layer."""
+
+    def __init__(self, prefill: Prefill, n_layers: int):
+        self._prefill = prefill
+        self._n_layers = n_layers
+
+    def __len__(self) -> int:
+        return self._n_layers
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Tensor, ...]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        layers = range(self._n_layers)[index]
+        return self._of(layers) if isinstance(layers, int) else [self._of(layer) for layer in layers]
+
+    def _of(self, layer: int) -> tuple[Tensor, ...]:
+        selection = self._prefill.selection_at(layer)
+        return tuple(
+            positions[image] for positions, image in zip(selection.index, selection.image, strict=True)
+        )

@@ -1,0 +1,193 @@
+"""Deterministic scenes of named, coloured pictographs: the world that pico sees.
+
+A scene is a pure function of its split, its seed, its canvas and its object counts. Objects never overlap. One
+(object, colour) pair in twelve never occurs in the training split, so that a model which binds what it sees can be told
+from one which remembers what it saw.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+Split = Literal["train", "held_out", "new_pairs"]
+
+GLYPHS = {
+    "sun": "☀", "cloud": "☁", "umbrella": "☂", "snowman": "☃", "star": "★", "phone": "☎", "skull": "☠", "moon": "☾",
+    "smiley": "☺", "king": "♚", "rook": "♜", "knight": "♞", "pawn": "♟", "spade": "♠", "heart": "♥", "diamond": "♦",
+    "club": "♣", "note": "♫", "hammer": "⚒", "anchor": "⚓", "sword": "⚔", "scales": "⚖", "gear": "⚙", "bolt": "⚡",
+    "scissors": "✂", "plane": "✈", "envelope": "✉", "pencil": "✏", "snowflake": "❄", "flower": "✿", "flag": "⚑",
+    "house": "⌂", "mouse": "🐭", "cat": "🐱", "atom": "⚛", "yinyang": "☯",
+}  # fmt: skip
+COLOURS = {
+    "red": (220, 40, 40), "blue": (50, 80, 220), "green": (40, 160, 60), "yellow": (225, 195, 30),
+    "orange": (240, 130, 20), "purple": (140, 50, 170), "brown": (120, 75, 40), "black": (25, 25, 25),
+}  # fmt: skip
+THEMES = {
+    "sky": ("sun", "cloud", "umbrella", "star", "moon", "bolt", "plane"),
+    "chess": ("king", "rook", "knight", "pawn"),
+    "cards": ("spade", "heart", "diamond", "club"),
+    "workshop": ("hammer", "gear", "scissors", "pencil", "scales", "anchor", "sword"),
+    "home": ("house", "cat", "mouse", "flower", "phone", "envelope"),
+    "winter": ("snowman", "snowflake"),
+    "signs": ("skull", "smiley", "note", "flag", "atom", "yinyang"),
+}
+NAMES = tuple(GLYPHS)
+COLOUR_NAMES = tuple(COLOURS)
+POPULAR = NAMES[::4]  # twice as frequent as the others, so that "popular" negatives mean something
+THEME_OF = {name: theme for theme, names in THEMES.items() for name in names}
+HELD_PAIRS = frozenset(
+    (name, colour)
+    for i, name in enumerate(NAMES)
+    for j, colour in enumerate(COLOUR_NAMES)
+    if (3 * i + 5 * j) % 12 == 0
+)
+PATCH = 8  # pixels; the model's patch, at every canvas
+SIZES = (20, 24, 28, 32)  # longer side of an object, pixels
+TILTS = (-12, -6, 0, 6, 12)  # degrees
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene; box is (x, y, width, height) in pixels."""
+
+    name: str
+    colour: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Centre (x, y) in pixels."""
+        x, y, width, height = self.box
+        return x + width / 2, y + height / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A square picture and the objects that it shows."""
+
+    pixels: UInt8[np.ndarray, "canvas canvas 3"]
+    things: tuple[Thing, ...]
+
+    @property
+    def canvas(self) -> int:
+        """Side of the picture in pixels."""
+        return self.pixels.shape[0]
+
+    def image(self) -> Image.Image:
+        """The picture as a PIL image."""
+        return Image.fromarray(self.pixels)
+
+
+@dataclass(frozen=True)
+class PatchLabels:
+    """What each patch of a scene shows, in raster order; -1 where it shows nothing."""
+
+    name: Int[np.ndarray, "patches"]
+    colour: Int[np.ndarray, "patches"]
+    centre: Int[np.ndarray, "patches"]  # 1 in the one patch that holds an object's centre, else 0
+
+
+@functools.cache
+def _mask(name: str, size: int, tilt: int) -> Float[np.ndarray, "height width"]:
+    """Opacity of a pictograph whose longer side is `size` pixels, from 0 to 1."""
+    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(str(font_file), 2 * size)
+    picture = Image.new("L", (4 * size, 4 * size))
+    ImageDraw.Draw(picture).text((size, size), GLYPHS[name], font=font, fill=255)
+    picture = picture.rotate(tilt, resample=Image.Resampling.BICUBIC)
+    picture = picture.crop(picture.getbbox())
+    scale = size / max(picture.size)
+    width, height = (max(4, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(picture, np.float32) / 255
+
+
+def _background(noise: np.random.Generator, canvas: int) -> Float[np.ndarray, "canvas canvas 3"]:
+    """A light paper: a tint, a gradient, faint stripes and grain."""
+    y, x = (np.arange(canvas, dtype=np.float32) / canvas - 0.5)[None].repeat(2, 0)
+    tint, (slope_y, slope_x) = noise.uniform(190, 255, 3), noise.uniform(-25, 25, 2)
+    turn, pitch, depth = noise.uniform(0, np.pi), noise.uniform(4, 16), noise.uniform(0, 5)
+    phase = (np.cos(turn) * x[None] + np.sin(turn) * y[:, None]) * (canvas * 2 * np.pi / pitch)
+    light = slope_y * y[:, None] + slope_x * x[None] + depth * np.sin(phase)
+    light += 4 * noise.standard_normal((canvas, canvas), dtype=np.float32)
+    return (light[..., None] + tint).astype(np.float32)
+
+
+def _names(rng: random.Random, count: int) -> Iterator[str]:
+    """Names for `count` objects: often from one or two themes, popular ones more often, some repeated."""
+    pool = list(NAMES)
+    if rng.random() < 0.35:
+        pool = [name for theme in rng.sample(sorted(THEMES), 2) for name in THEMES[theme]]
+    chosen: list[str] = []
+    for _ in range(count):
+        if chosen and rng.random() < 0.15:
+            yield rng.choice(chosen)
+            continue
+        left = [name for name in pool if name not in chosen] or [n for n in NAMES if n not in chosen]
+        chosen += rng.choices(left, [2 if name in POPULAR else 1 for name in left])
+        yield chosen[-1]
+
+
+def _colour(rng: random.Random, name: str, taken: set[tuple[str, str]], split: Split) -> str | None:
+    """A colour that the split allows for this object and that no twin of it has."""
+    allowed = [
+        colour
+        for colour in COLOUR_NAMES
+        if ((name, colour) in HELD_PAIRS) == (split == "new_pairs") and (name, colour) not in taken
+    ]
+    return rng.choice(allowed) if allowed else None
+
+
+def _place(
+    rng: random.Random, name: str, canvas: int, boxes: list[tuple[int, int, int, int]]
+) -> tuple[tuple[int, int, int, int], Float[np.ndarray, "height width"]] | None:
+    """A free box for the object, and its mask; None when forty tries found none."""
+    for attempt in range(40):
+        size = rng.choice(SIZES) if attempt < 20 else SIZES[0]
+        mask = _mask(name, size, rng.choice(TILTS))
+        height, width = mask.shape
+        x, y = rng.randint(1, canvas - width - 1), rng.randint(1, canvas - height - 1)
+        if all(x + width <= a or a + w <= x or y + height <= b or b + h <= y for a, b, w, h in boxes):
+            return (x, y, width, height), mask
+    return None
+
+
+def make_scene(split: Split, seed: int, canvas: int, counts: tuple[int, int]) -> Scene:
+    """Draw the scene of a seed: between counts[0] and counts[1] objects (fewer where the canvas is full)."""
+    rng = random.Random(f"{split} {seed} {canvas} {counts}")
+    noise = np.random.default_rng(rng.getrandbits(64))
+    pixels = _background(noise, canvas)
+    things: list[Thing] = []
+    for name in _names(rng, rng.randint(*counts)):
+        colour = _colour(rng, name, {(t.name, t.colour) for t in things}, split)
+        placed = _place(rng, name, canvas, [thing.box for thing in things])
+        if colour is None or placed is None:
+            continue
+        (x, y, width, height), mask = placed
+        ink = np.array(COLOURS[colour], np.float32) + noise.normal(0, 8, 3).astype(np.float32)
+        area = pixels[y : y + height, x : x + width]
+        area += (ink - area) * mask[..., None]
+        things.append(Thing(name, colour, (x, y, width, height)))
+    return Scene(np.clip(pixels, 0, 255).astype(np.uint8), tuple(things))
+
+
+def patch_labels(scene: Scene) -> PatchLabels:
+    """Label every patch that an object's box touches; where two boxes share a patch the later one has it."""
+    side = scene.canvas // PATCH
+    name = np.full((side, side), -1)
+    colour, centre = name.copy(), np.zeros_like(name)
+    for thing in scene.things:
+        x, y, width, height = thing.box
+        patches = np.s_[y // PATCH : (y + height - 1) // PATCH + 1, x // PATCH : (x + width - 1) // PATCH + 1]
+        name[patches] = NAMES.index(thing.name)
+        colour[patches] = COLOUR_NAMES.index(thing.colour)
+        centre[int(thing.centre[1]) // PATCH, int(thing.centre[0]) // PATCH] = 1
+    return PatchLabels(name.ravel(), colour.ravel(), centre.ravel())
