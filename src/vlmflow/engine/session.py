@@ -57,7 +57,20 @@ class _Call:
 
     image: Bool[Tensor, "batch length"]
     follows_prompt: Bool[Tensor, "batch length"]
-    mask: Tensor | None
+    mask: Any  # of any form that a model takes
+
+
+class _PerThread(dict[int, Any]):
+    """A value for each thread that has one. Empty it answers without asking for the thread, so that it compiles."""
+
+    def mine(self) -> Any:
+        return self.get(get_ident()) if self else None
+
+    def take(self) -> Any:
+        return self.pop(get_ident(), None) if self else None
+
+    def put(self, value: Any) -> None:
+        self[get_ident()] = value
 
 
 class _Peeked(Exception):  # noqa: N818 (no error: it ends a call early)
@@ -75,8 +88,8 @@ class Session:
         self._stage_layers = [stage.layer for stage in stages]
         self._scored = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
         self.trace = Trace(target.core.config, pruner, n_layers)
-        self._calls: dict[int, _Call] = {}  # by thread
-        self._prefills: dict[int, Prefill] = {}  # by thread
+        self._calls = _PerThread()  # of _Call
+        self._prefills = _PerThread()  # of Prefill
         self._handles: list[Any] = []
         with _attaching:
             if target.text in _attached:
@@ -119,13 +132,13 @@ class Session:
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
-        if given is None or given.shape[1] == 1 or get_ident() in self._calls:
+        if given is None or given.shape[1] == 1 or self._calls.mine() is not None:
             return  # one token at a time: decoding, where there is nothing to look at
         if ids is not None:
             image = Layout.read(ids, self._target.image_token_ids).image
         else:
             image = self._embedded_images(embeds)
-        self._calls[get_ident()] = _Call(image, _follows_prompt(image, kwargs), kwargs.get("attention_mask"))
+        self._calls.put(_Call(image, _follows_prompt(image, kwargs), kwargs.get("attention_mask")))
 
     def _embedded_images(self, embeds: Tensor) -> Bool[Tensor, "batch length"]:
         table = self._target.core.get_input_embeddings()
@@ -135,12 +148,12 @@ class Session:
         return image
 
     def _leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._calls.pop(get_ident(), None)
+        self._calls.take()
 
     # the text decoder
 
     def _enter_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._calls.pop(get_ident(), None)
+        call = self._calls.take()
         embeds = kwargs.get("inputs_embeds")
         if call is None or embeds is None:
             return None
@@ -157,9 +170,11 @@ class Session:
         layout = Layout(call.image.to(embeds.device) & ~padding, padding)
         prompt = ~padding & ~call.follows_prompt.to(embeds.device)
         prefill = Prefill.open(self._pruner, len(self._target.layers), layout, prompt, past)
+        if past and not any(prefill.selection.image_tokens):
+            return None  # more text, in chat or to be verified: part of decoding
         if prefill.stages:
             self._refuse_checkpointing()
-        self._prefills[get_ident()] = prefill
+        self._prefills.put(prefill)
         return self._take_over_deepstack(prefill, args, kwargs)
 
     def _refuse_checkpointing(self) -> None:
@@ -182,7 +197,7 @@ class Session:
         return args, {**kwargs, "deepstack_visual_embeds": features[:first]}
 
     def _leave_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        prefill = self._prefills.pop(get_ident(), None)
+        prefill = self._prefills.take()
         if prefill is None:
             return
         for layer_idx in self._scored:
@@ -197,9 +212,9 @@ class Session:
         is_pruned = layer_idx >= self._stage_layers[0]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            prefill = self._prefills.get(get_ident()) if self._prefills else None
-            if prefill is not None:
-                return self._prefill_layer(prefill, layer_idx, module, args, kwargs) if prefill.stages else None
+            prefill = self._prefills.mine()
+            if prefill is not None and prefill.stages:
+                return self._prefill_layer(prefill, layer_idx, module, args, kwargs)
             if is_pruned:
                 return self._decode_layer(layer_idx, args, kwargs)
             return None
@@ -298,7 +313,7 @@ class Session:
             unwatch(module.self_attn)
 
     def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        prefill = self._prefills.get(get_ident()) if self._prefills else None
+        prefill = self._prefills.mine()
         if prefill is None or not prefill.is_pruned:
             return None
         hidden = prefill.add_deepstack(len(self._target.layers), output)
@@ -313,7 +328,9 @@ def _follows_prompt(image: Tensor, kwargs: dict[str, Any]) -> Bool[Tensor, "batc
     follows = torch.zeros_like(image)
     labels, cache, kept = kwargs.get("labels"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
     if labels is not None:
-        follows |= labels.to(image.device) != -100
+        answer = labels.to(image.device) != -100
+        asked = (Layout(image, follows).question & ~answer).any(1, keepdim=True)
+        follows = answer & asked  # where all text is taught, nothing tells the answer from the question
     if isinstance(kept, int) and kept > 1 and cache is not None and int(cache.get_seq_length()) == 0:
         follows[:, 1 - kept :] = True
     return follows

@@ -47,7 +47,7 @@ HELD_PAIRS = frozenset(
     (name, colour)
     for i, name in enumerate(NAMES)
     for j, colour in enumerate(COLOUR_NAMES)
-    if (3 * i + 5 * j) % 12 == 0
+    if (5 * i + 7 * j) % 12 == 0
 )
 PATCH = 8  # pixels; the model's patch, at every canvas
 SIZES = (20, 24, 28, 32)  # longer side of an object, pixels
@@ -121,29 +121,25 @@ def _background(noise: np.random.Generator, canvas: int) -> Float[np.ndarray, "c
     return (light[..., None] + tint).astype(np.float32)
 
 
-def _names(rng: random.Random, count: int) -> Iterator[str]:
-    """Names for `count` objects: often from one or two themes, popular ones more often, some repeated."""
-    pool = list(NAMES)
+def _names(rng: random.Random, count: int, pool: list[str]) -> Iterator[str]:
+    """Names for `count` objects: often from two themes, popular ones more often, some repeated."""
+    world = pool
     if rng.random() < 0.35:
-        pool = [name for theme in rng.sample(sorted(THEMES), 2) for name in THEMES[theme]]
+        themes = rng.sample(sorted(THEMES), 2)
+        pool = [name for name in world if THEME_OF[name] in themes]
     chosen: list[str] = []
     for _ in range(count):
         if chosen and rng.random() < 0.15:
             yield rng.choice(chosen)
             continue
-        left = [name for name in pool if name not in chosen] or [n for n in NAMES if n not in chosen]
+        left = [n for n in pool if n not in chosen] or [n for n in world if n not in chosen]
         chosen += rng.choices(left, [2 if name in POPULAR else 1 for name in left])
         yield chosen[-1]
 
 
-def _colour(rng: random.Random, name: str, taken: set[tuple[str, str]], split: Split) -> str | None:
-    """A colour that the split allows for this object and that no twin of it has."""
-    allowed = [
-        colour
-        for colour in COLOUR_NAMES
-        if ((name, colour) in HELD_PAIRS) == (split == "new_pairs") and (name, colour) not in taken
-    ]
-    return rng.choice(allowed) if allowed else None
+def _colours(split: Split, name: str) -> list[str]:
+    """The colours that a split allows for an object."""
+    return [c for c in COLOUR_NAMES if ((name, c) in HELD_PAIRS) == (split == "new_pairs")]
 
 
 def _place(
@@ -151,7 +147,7 @@ def _place(
 ) -> tuple[tuple[int, int, int, int], Float[np.ndarray, "height width"]] | None:
     """A free box for the object, and its mask; None when forty tries found none."""
     for attempt in range(40):
-        size = rng.choice(SIZES) if attempt < 20 else SIZES[0]
+        size = rng.choice([s for s in SIZES if 2 * s + 2 <= canvas]) if attempt < 20 else SIZES[0]
         mask = _mask(name, size, rng.choice(TILTS))
         height, width = mask.shape
         x, y = rng.randint(1, canvas - width - 1), rng.randint(1, canvas - height - 1)
@@ -166,11 +162,13 @@ def make_scene(split: Split, seed: int, canvas: int, counts: tuple[int, int]) ->
     noise = np.random.default_rng(rng.getrandbits(64))
     pixels = _background(noise, canvas)
     things: list[Thing] = []
-    for name in _names(rng, rng.randint(*counts)):
-        colour = _colour(rng, name, {(t.name, t.colour) for t in things}, split)
+    for name in _names(rng, rng.randint(*counts), [n for n in NAMES if _colours(split, n)]):
+        twins = [thing.colour for thing in things if thing.name == name]
+        colours = [colour for colour in _colours(split, name) if colour not in twins]
         placed = _place(rng, name, canvas, [thing.box for thing in things])
-        if colour is None or placed is None:
+        if not colours or placed is None:
             continue
+        colour = rng.choice(colours)
         (x, y, width, height), mask = placed
         ink = np.array(COLOURS[colour], np.float32) + noise.normal(0, 8, 3).astype(np.float32)
         area = pixels[y : y + height, x : x + width]

@@ -1,0 +1,120 @@
+"""Training batches: many questions a picture, in groups of equal length, each seeing the picture and itself only."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from vlmflow.pico.questions import KINDS, LONG, SHORT, Question
+from vlmflow.pico.scenes import Scene, Split, make_scene, patch_labels
+from vlmflow.pico.text import BOS, SYSTEM
+
+IGNORE = -100
+LENGTHS = (12, 28)  # tokens of a short and of a long question with its answer, padded to this
+OPENING = f"{BOS}{SYSTEM} USER: "  # what the chat template puts before the picture
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions of one padded length; labels are the next token where it belongs to an answer, else IGNORE."""
+
+    ids: Int[Tensor, "scenes questions length"]
+    labels: Int[Tensor, "scenes questions length"]
+    kinds: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patch labels of a batch (see scenes.PatchLabels); known is False for pictures that have none."""
+
+    name: Int[Tensor, "scenes patches"]
+    colour: Int[Tensor, "scenes patches"]
+    centre: Int[Tensor, "scenes patches"]
+    known: Bool[Tensor, "scenes patches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures in [-1, 1], their questions and their patch labels."""
+
+    pixels: Float[Tensor, "scenes 3 canvas canvas"]
+    groups: tuple[Group, ...]
+    patches: Patches
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, the questions of each group, and the scene behind it when it is one of ours."""
+
+    pixels: np.ndarray
+    questions: tuple[list[Question], ...]
+    scene: Scene | None
+
+
+def normalise(pixels: np.ndarray) -> Float[Tensor, "scenes 3 canvas canvas"]:
+    """What the processor does to pictures of the right size: uint8 to [-1, 1], channels first."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def scene_example(
+    split: Split, seed: int, canvas: int, counts: tuple[int, int], questions: tuple[int, ...]
+) -> Example:
+    """A scene and its questions: questions[0] short ones and questions[1] long ones, kinds drawn evenly."""
+    scene = make_scene(split, seed, canvas, counts)
+    rng = random.Random(f"questions {split} {seed} {canvas}")
+    asked: list[list[Question]] = []
+    for number, kinds in zip(questions, (SHORT, LONG), strict=True):
+        group: list[Question] = []
+        while len(group) < number:
+            if question := KINDS[rng.choice(tuple(kinds))](rng, scene):
+                group.append(question)
+        asked.append(group)
+    return Example(scene.pixels, tuple(asked), scene)
+
+
+def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int]]:
+    """Token ids after the picture, without the last, and what to predict at each: IGNORE, then the answer."""
+    asked = tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False)
+    answer = [*tokenizer.encode(f" {question.answer}", add_special_tokens=False), tokenizer.eos_token_id]
+    return asked + answer[:-1], [IGNORE] * (len(asked) - 1) + answer
+
+
+def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]], length: int) -> Group:
+    ids = torch.full((len(asked), len(asked[0]), length), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, IGNORE)
+    for row, questions in enumerate(asked):
+        for column, question in enumerate(questions):
+            tokens, wanted = encode_question(tokenizer, question)
+            ids[row, column, : len(tokens)] = torch.tensor(tokens)
+            labels[row, column, : len(wanted)] = torch.tensor(wanted)
+    return Group(ids, labels, tuple(tuple(q.kind for q in questions) for questions in asked))
+
+
+def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
+    """Put examples of one canvas together."""
+    patches = (examples[0].pixels.shape[0] // 8) ** 2
+    labels = [patch_labels(e.scene) if e.scene else None for e in examples]
+    unknown = np.full(patches, -1)
+
+    def stack(field: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(label, field) if label else unknown for label in labels]))
+
+    known = torch.tensor([label is not None for label in labels])[:, None].expand(-1, patches)
+    return Batch(
+        normalise(np.stack([e.pixels for e in examples])),
+        tuple(
+            _group(tokenizer, [e.questions[index] for e in examples], length)
+            for index, length in enumerate(LENGTHS)
+            if examples[0].questions[index]
+        ),
+        Patches(stack("name"), stack("colour"), stack("centre"), known),
+    )
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " opening"]:
+    """Token ids of a prompt before the picture."""
+    return torch.tensor(tokenizer.encode(OPENING, add_special_tokens=False))

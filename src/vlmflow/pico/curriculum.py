@@ -1,0 +1,28 @@
+"""The recipe: stages in order, each a canvas, an object count and a number of steps."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training; learning rates are constant, then fall linearly over the last `decay` of it.
+
+    A stage without questions trains the vision tower and the projector alone (every patch names what it shows).
+    """
+
+    name: str
+    canvas: int  # pixels
+    counts: tuple[int, int]  # fewest and most objects of a scene
+    steps: int
+    scenes: int  # a step
+    questions: tuple[int, int] = (0, 0)  # short and long ones a scene
+    muon_rate: float = 0.02
+    adam_rate: float = 2e-3
+    tower_rate: float = 2e-4
+    decay: float = 0.4
+    easy_vqa: int = 0  # pictures of easy-vqa's train split a step, beside the scenes
+
+
+STAGES = (
+    Stage("align", 96, (3, 5), steps=1200, scenes=48, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
+)
