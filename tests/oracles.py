@@ -151,9 +151,7 @@ def drops(model: PreTrainedModel, sample: Sample, kept: dict[int, list[int]]) ->
 
 
 @torch.no_grad()
-def reference_generate(
-    model: PreTrainedModel, sample: Sample, pruner, new_tokens: int
-) -> tuple[list[int], Tensor]:
+def reference_generate(model: PreTrainedModel, sample: Sample, pruner, new_tokens: int) -> tuple[list[int], Tensor]:
     """Greedy tokens and each step's logits (new_tokens, vocab), what is kept being settled on the prompt.
 
     A pruner of None prunes nothing.

@@ -9,11 +9,11 @@ from pathlib import Path
 import accelerate
 import peft
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tiny
 from vlmflow import FastV, HiMAP, PyramidDrop, attach, prune
 from vlmflow.engine import session
 
@@ -63,7 +63,10 @@ class TestLeavesNothing:
     """Law 7."""
 
     def test_after_use(self, llava, batch):
-        answer, before = generate(llava.model, batch), fingerprint(llava.model)  # transformers adds hooks at first use
+        answer, before = (
+            generate(llava.model, batch),
+            fingerprint(llava.model),
+        )  # transformers adds hooks at first use
         with prune(llava.model, HIMAP):
             generate(llava.model, batch)
             assert fingerprint(llava.model) != before
@@ -231,7 +234,9 @@ class TestWorksWith:
 
     def test_compiled_decoding(self):
         """Decoding on a pruned static cache compiles to one graph, which serves the next prompt too."""
-        run = subprocess.run([sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
         assert run.returncode == 0, run.stderr
         assert run.stdout.split() == ["True", "True", "1"]
 
@@ -312,7 +317,9 @@ class TestRefuses:
     def test_static_sliding_cache(self):
         small = tiny.build("gemma3_window")
         with prune(small.model, HIMAP), pytest.raises(ValueError, match="dynamic cache"):
-            small.model.generate(**small.samples[0], max_new_tokens=2, cache_implementation="static", disable_compile=True)
+            small.model.generate(
+                **small.samples[0], max_new_tokens=2, cache_implementation="static", disable_compile=True
+            )
 
     def test_a_crop_into_the_pruned_image(self, llava):
         sample = llava.samples[0]

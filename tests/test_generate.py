@@ -4,10 +4,10 @@ import copy
 import threading
 
 import pytest
-import tiny
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+import tiny
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, prune
 
 HIMAP = HiMAP(k1=2, r1=0.5, k2=4, r2=0.5)
@@ -18,7 +18,12 @@ NEW = 6
 def greedy(model, batch, pruner=HIMAP, **kwargs):
     with prune(model, pruner) as trace:
         out = model.generate(
-            **batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
+            **batch,
+            max_new_tokens=NEW,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **kwargs,
         )
     return out.sequences[:, -NEW:], torch.stack(out.logits, 1), trace
 
@@ -82,7 +87,12 @@ def test_without_cache_content_free(llava):
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 def test_beams(llava, ragged, pruner):
     """The beams of a batch are those of its samples one by one."""
-    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "return_dict_in_generate": True}
+    beams = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": NEW,
+        "return_dict_in_generate": True,
+    }
     samples = [llava.samples[0], llava.samples[2]]
     with prune(llava.model, pruner):
         batch = llava.model.generate(**llava.collate(samples), output_scores=True, **beams)

@@ -2,11 +2,11 @@
 
 import math
 
-import oracles
 import pytest
-import tiny
 import torch
 
+import oracles
+import tiny
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, prune
 
 KEEP_ALL = [HiMAP(2, 0.0, 4, 0.0), FastV(2, 0.0), PyramidDrop((2, 4), 0.0), Random(2, 0.0), Uniform(2, 0.0)]
@@ -66,7 +66,7 @@ def test_pruning_is_what_the_formulas_say(family, pruner):
         kept, margin = oracles.kept_sets(pruner, slow.model, sample)
         if margin < 1e-5:
             continue  # a tie: sliding windows can leave tokens that no query sees
-        expected, attentions = oracles.masked_forward(slow.model, sample, oracles.drops(slow.model, sample, kept))
+        expected, _ = oracles.masked_forward(slow.model, sample, oracles.drops(slow.model, sample, kept))
         tokens, steps = oracles.reference_generate(slow.model, sample, pruner, NEW)
         for attn in KERNELS:
             model = tiny.build(family, attn).model

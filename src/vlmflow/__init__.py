@@ -2,7 +2,7 @@
 
 from vlmflow.engine import Session, Trace, attach, prune
 from vlmflow.layout import Layout
-from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Pruner, PyramidDrop, Random, Stage, Uniform, View
+from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Pruner, PyramidDrop, Random, Stage, Uniform, Unpruned, View
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "Stage",
     "Trace",
     "Uniform",
+    "Unpruned",
     "View",
     "attach",
     "prune",

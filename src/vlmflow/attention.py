@@ -106,7 +106,11 @@ class QueryRows:
 
     def weights(self, first: int = 0, last: int | None = None) -> Float[Tensor, "batch heads row key"]:
         """Attention weights of rows ``first`` to ``last``, softmax in float32, as the layer computes them."""
-        query, mask, row_valid = self.query[:, :, first:last], self.mask[:, :, first:last], self.row_valid[:, first:last]
+        query, mask, row_valid = (
+            self.query[:, :, first:last],
+            self.mask[:, :, first:last],
+            self.row_valid[:, first:last],
+        )
         batch, heads, n_row, channel = query.shape
         kv_heads, n_key = self.key.shape[1], self.key.shape[2]
         grouped = query.reshape(batch, kv_heads, heads // kv_heads * n_row, channel)

@@ -10,265 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal
 
-Attention = Literal[
-    "full", "causal"
-]  # pairs counted: every query and key, as dense kernels do, or visible ones
+from vlmflow.geometry import Geometry, Tower, refusal
+
+Attention = Literal["full", "causal"]  # pairs counted: all, as dense kernels do, or the visible ones
 Schedule = tuple[int, ...]  # image tokens that enter each decoder layer
-
-DECODERS = (  # text model_types whose layers are q, k, v and o projections and a gated MLP, routed or not
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text qwen2_vl_text qwen2_5_vl_text qwen3_vl_text "
-    "qwen3_vl_moe_text glm4v_text"
-)
-TILED = "llava llava_next llava_onevision internvl idefics3 smolvlm mistral3 gemma3 paligemma"
-DYNAMIC = "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v"
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "pixtral": 0}
-
-
-def _refusal(who: str, wanted: str, got: object, todo: str) -> ValueError:
-    return ValueError(f"{who}: wanted {wanted}, got {got}; {todo}")
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The widths that decide what a vision tower and its projector cost.
-
-    ``patch_inputs`` values make a patch; ``merge`` patches make an image token, on which the projector spends
-    ``projector`` multiply-adds. ``grid`` is a tile's (rows, columns) of patches where the model fixes it.
-    With a ``window`` (side in patches) attention stays inside squares except in ``full_layers``. Pooling
-    heads, which no multimodal model reads, are not counted.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    patch_inputs: int
-    merge: int
-    projector: int
-    gated: bool = False
-    class_tokens: int = 0
-    grid: tuple[int, int] | None = None
-    window: int | None = None
-    full_layers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The widths that decide what a text decoder costs; its vision tower stands apart.
-
-    ``windows`` holds each layer's sliding window in tokens (None: the layer sees all); empty means none.
-    With ``experts``, every layer but ``dense_layers`` routes a token to ``experts_per_token`` MLPs of width
-    ``expert_intermediate``.
-    """
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    gated: bool = True
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_intermediate: int = 0
-    dense_layers: tuple[int, ...] = ()
-    windows: tuple[int | None, ...] = ()
-    vision: Tower | None = None
-
-    @classmethod
-    def from_config(cls, config: Any) -> Geometry:
-        """Read the geometry of a Hugging Face config, multimodal or text only.
-
-        Raises: ValueError where the family is not known or the config lacks an attribute.
-        """
-        whole = _Strict(config)
-        text = _Strict(whole.optional("text_config") or config)
-        if text.model_type not in DECODERS.split():
-            raise _unknown(text, DECODERS)
-        geometry = cls(
-            hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads or text.num_attention_heads,
-            head_dim=text.optional("head_dim") or text.hidden_size // text.num_attention_heads,
-            vocab=text.vocab_size,
-            windows=_windows(text),
-            vision=None if whole.optional("vision_config") is None else _tower(whole, text.hidden_size),
-        )
-        if text.model_type != "qwen3_vl_moe_text":
-            return geometry
-        dense, step = text.mlp_only_layers or (), text.decoder_sparse_step
-        return replace(
-            geometry,
-            experts=text.num_experts,
-            experts_per_token=text.num_experts_per_tok,
-            expert_intermediate=text.moe_intermediate_size,
-            dense_layers=tuple(i for i in range(geometry.layers) if i in dense or (i + 1) % step),
-        )
-
-    def routed(self, layer: int) -> bool:
-        """Tell whether this layer's MLP is a mixture of experts."""
-        return self.experts > 0 and layer not in self.dense_layers
-
-    def window(self, layer: int) -> int | None:
-        """Return this layer's sliding window in tokens, None where it sees all."""
-        return self.windows[layer] if self.windows else None
-
-
-class _Strict:
-    """A config whose missing attributes are errors that name the attribute and the config's class."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if not hasattr(self.config, name):
-            raise _refusal(
-                "Geometry.from_config",
-                f"the attribute {name!r}",
-                f"a {type(self.config).__name__} without it",
-                "pass the model's own config, or give Geometry(...) the widths by hand",
-            )
-        return getattr(self.config, name)
-
-    def optional(self, name: str) -> Any:
-        """Read an attribute for which transformers itself takes absent and None as one."""
-        return getattr(self.config, name) if hasattr(self.config, name) else None
-
-
-def _unknown(config: _Strict, known: str) -> ValueError:
-    return _refusal(
-        "Geometry.from_config",
-        f"a model_type among {known.replace(' ', ', ')}",
-        f"{config.model_type!r} in {type(config.config).__name__}",
-        "give Geometry(...) the widths by hand",
-    )
-
-
-def _windows(text: _Strict) -> tuple[int | None, ...]:
-    """List each layer's window by the rule of transformers' caches: layer_types, else one for all layers."""
-    kinds = text.optional("layer_types")
-    if kinds is None:
-        windows = (text.optional("sliding_window"),) * text.num_hidden_layers
-    elif other := set(kinds) - {"full_attention", "sliding_attention"}:
-        known = "layer_types among full_attention, sliding_attention"
-        raise _refusal("Geometry.from_config", known, sorted(other), "other kinds of layer are not modelled")
-    else:
-        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _tower(config: _Strict, width: int) -> Tower:
-    kind, vision = config.model_type, _Strict(config.vision_config)
-    if kind in DYNAMIC.split():
-        return _dynamic_tower(kind, vision)
-    if kind not in TILED.split():
-        raise _unknown(config, f"{TILED} {DYNAMIC}")
-    hidden, patch = vision.hidden_size, _pair(vision.patch_size)
-    rows, columns = (size // side for size, side in zip(_pair(vision.image_size), patch, strict=True))
-    merge, gated, class_tokens = 1, False, int(kind == "internvl")
-    if kind in ("llava", "llava_next", "llava_onevision", "mistral3"):
-        depths = config.vision_feature_layer
-        projector = hidden * (1 if isinstance(depths, int) else len(depths)) * width + width**2
-        if kind == "mistral3":
-            merge = config.spatial_merge_size**2
-            projector += merge * hidden**2
-    elif kind == "internvl":
-        merge = int(1 / config.downsample_ratio) ** 2
-        projector = merge * hidden * width + width**2
-    elif kind in ("idefics3", "smolvlm"):
-        merge = config.scale_factor**2
-        projector = merge * hidden * width
-    elif kind == "gemma3":
-        merge, projector = rows * columns // config.mm_tokens_per_image, hidden * width
-    else:  # paligemma
-        projector = hidden * vision.projection_dim
-    if kind not in ("internvl", "idefics3", "smolvlm"):  # the others may carry one of several towers
-        if vision.model_type not in CLASS_TOKENS:
-            raise _unknown(vision, " ".join(CLASS_TOKENS))
-        class_tokens, gated = CLASS_TOKENS[vision.model_type], vision.model_type == "pixtral"
-    return Tower(
-        hidden=hidden,
-        intermediate=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-        patch_inputs=vision.num_channels * patch[0] * patch[1],
-        merge=merge,
-        projector=projector,
-        gated=gated,
-        class_tokens=class_tokens,
-        grid=None if gated else (rows, columns),
-    )
-
-
-def _dynamic_tower(kind: str, vision: _Strict) -> Tower:
-    side, (height, breadth) = vision.spatial_merge_size, _pair(vision.patch_size)
-    if kind == "qwen2_vl":  # hidden_size names the output here
-        hidden, out, intermediate = (
-            vision.embed_dim,
-            vision.hidden_size,
-            int(vision.embed_dim * vision.mlp_ratio),
-        )
-    else:
-        hidden, out, intermediate = vision.hidden_size, vision.out_hidden_size, vision.intermediate_size
-    projector = _merger(hidden, side, out)
-    if kind == "glm4v":  # blocks are as wide as the output; intermediate_size belongs to the merger
-        projector = side**2 * hidden * out + out**2 + 3 * out * intermediate
-        intermediate = out
-    elif kind in ("qwen3_vl", "qwen3_vl_moe"):
-        projector *= 1 + len(vision.deepstack_visual_indexes)
-    windowed = kind == "qwen2_5_vl"
-    return Tower(
-        hidden=hidden,
-        intermediate=intermediate,
-        layers=vision.depth,
-        patch_inputs=vision.in_channels * vision.temporal_patch_size * height * breadth,
-        merge=side**2,
-        projector=projector,
-        gated=kind in ("qwen2_5_vl", "glm4v"),
-        window=vision.window_size // side // height * side if windowed else None,
-        full_layers=tuple(vision.fullatt_block_indexes) if windowed else (),
-    )
-
-
-def _merger(hidden: int, side: int, out: int) -> int:
-    return (hidden * side**2) ** 2 + hidden * side**2 * out
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-_CLIP = Tower(1024, 4096, 24, 588, 1, 1024 * 4096 + 4096**2, class_tokens=1, grid=(24, 24))
-_CLIP_13B = replace(_CLIP, projector=1024 * 5120 + 5120**2)
-_INTERN = Tower(1024, 4096, 24, 588, 4, 4096 * 3584 + 3584**2, class_tokens=1, grid=(32, 32))
-_QWEN25 = Tower(1280, 3420, 32, 1176, 4, _merger(1280, 2, 3584), True, window=8, full_layers=(7, 15, 23, 31))
-_QWEN3 = Tower(1152, 4304, 27, 1536, 4, 4 * _merger(1152, 2, 4096))
-GEOMETRIES: dict[str, Geometry] = {
-    "llava-1.5-7b": Geometry(4096, 11008, 32, 32, 32, 128, 32064, vision=_CLIP),
-    "llava-1.5-13b": Geometry(5120, 13824, 40, 40, 40, 128, 32064, vision=_CLIP_13B),
-    "qwen-vl-chat": Geometry(4096, 11008, 32, 32, 32, 128, 151936),  # its resampler is not modelled
-    "qwen2.5-vl-7b": Geometry(3584, 18944, 28, 28, 4, 128, 152064, vision=_QWEN25),
-    "qwen3-vl-8b": Geometry(4096, 12288, 36, 32, 8, 128, 151936, vision=_QWEN3),
-    "internvl3-8b": Geometry(3584, 18944, 28, 28, 4, 128, 151674, vision=_INTERN),
-}
-
-
-def geometry_named(name: str) -> Geometry:
-    """Return a built-in geometry.
-
-    Raises: ValueError where there is none of this name.
-    """
-    if name not in GEOMETRIES:
-        known = f"one of {', '.join(GEOMETRIES)}"
-        raise _refusal(
-            "geometry_named", known, repr(name), "use Geometry.from_config(config) for other models"
-        )
-    return GEOMETRIES[name]
 
 
 @dataclass(frozen=True)
@@ -294,10 +42,10 @@ def make_schedule(layers: int, image_tokens: int, drops: Sequence[tuple[int, int
     for layer, keep in drops:
         if not before < layer < layers:
             wanted = f"layers that rise from one drop to the next and stay below {layers}"
-            raise _refusal("make_schedule", wanted, f"{layer} after {before}", "order the drops by layer")
+            raise refusal("make_schedule", wanted, f"{layer} after {before}", "order the drops by layer")
         if not 0 <= keep <= counts[layer]:
             wanted = f"0 to {counts[layer]} image tokens to keep before layer {layer}"
-            raise _refusal("make_schedule", wanted, keep, "keep is a count that stays, not a share")
+            raise refusal("make_schedule", wanted, keep, "keep is a count that stays, not a share")
         counts[layer:] = [keep] * (layers - layer)
         before = layer
     return tuple(counts)
@@ -306,23 +54,20 @@ def make_schedule(layers: int, image_tokens: int, drops: Sequence[tuple[int, int
 def _check(geometry: Geometry, schedule: Schedule, text_tokens: int, scores: Sequence[Score] = ()) -> None:
     if len(schedule) != geometry.layers:
         wanted = f"a schedule of {geometry.layers} counts, one per decoder layer"
-        raise _refusal("cost", wanted, len(schedule), "make_schedule(layers, image_tokens, drops) builds one")
+        raise refusal("cost", wanted, len(schedule), "make_schedule(layers, image_tokens, drops) builds one")
     if min(*schedule, text_tokens) < 0:
-        raise _refusal("cost", "counts of at least 0", min(*schedule, text_tokens), "give counts of tokens")
+        raise refusal("cost", "counts of at least 0", min(*schedule, text_tokens), "give counts of tokens")
     for layer, (now, then) in enumerate(pairwise(schedule), start=1):
         if then > now:
             wanted = f"at most {now} image tokens in layer {layer}"
-            raise _refusal("cost", wanted, then, "a schedule never rises: dropped tokens do not come back")
+            raise refusal("cost", wanted, then, "a schedule never rises: dropped tokens do not come back")
     for score in scores:
         if not 0 <= score.layer < geometry.layers:
-            raise _refusal("cost", f"a layer in 0 to {geometry.layers - 1}", score, "layers count from 0")
+            raise refusal("cost", f"a layer in 0 to {geometry.layers - 1}", score, "layers count from 0")
         tokens = text_tokens + schedule[max(0, score.layer - 1) if score.peek else score.layer]
-        if (
-            min(score.queries, score.keys, score.peek) < 0
-            or max(score.queries, score.keys, score.peek) > tokens
-        ):
+        if min(score.queries, score.keys, score.peek) < 0 or max(score.queries, score.keys, score.peek) > tokens:
             wanted = f"0 to {tokens} tokens, as many as layer {score.layer}'s score can see"
-            raise _refusal("cost", wanted, score, "count one sample's own tokens, padding left out")
+            raise refusal("cost", wanted, score, "count one sample's own tokens, padding left out")
 
 
 def paper_flops(geometry: Geometry, schedule: Schedule) -> int:
@@ -351,9 +96,7 @@ def _pairs(new: int, past: int, window: int | None, attention: Attention) -> int
     return visible(past + new) - visible(past)
 
 
-def _decoder_flops(
-    g: Geometry, new: Sequence[int], past: Sequence[int], attention: Attention, logits: int
-) -> int:
+def _decoder_flops(g: Geometry, new: Sequence[int], past: Sequence[int], attention: Attention, logits: int) -> int:
     query, key, matrices = g.heads * g.head_dim, g.kv_heads * g.head_dim, 3 if g.gated else 2
     total = 2 * logits * g.hidden * g.vocab
     for layer, (n, p) in enumerate(zip(new, past, strict=True)):
@@ -396,7 +139,7 @@ def decode_flops(geometry: Geometry, schedule: Schedule, text_tokens: int, *, st
     """Count the cached forward pass that reads the ``step``-th new token (1: the one prefill produced)."""
     _check(geometry, schedule, text_tokens)
     if step < 1:
-        raise _refusal("decode_flops", "a step of at least 1", step, "step 1 reads the first new token")
+        raise refusal("decode_flops", "a step of at least 1", step, "step 1 reads the first new token")
     past = [text_tokens + n + step - 1 for n in schedule]
     return _decoder_flops(geometry, [1] * geometry.layers, past, "full", 1)
 
@@ -411,7 +154,7 @@ def kv_bytes(
     _check(geometry, schedule, text_tokens)
     if decoded < 0 or dtype_bytes < 1:
         got = f"{decoded} and {dtype_bytes}"
-        raise _refusal("kv_bytes", "decoded >= 0 and dtype_bytes >= 1", got, "bfloat16 has 2 bytes")
+        raise refusal("kv_bytes", "decoded >= 0 and dtype_bytes >= 1", got, "bfloat16 has 2 bytes")
     held = [text_tokens + n + decoded for n in schedule]
     caps = [geometry.window(layer) for layer in range(geometry.layers)]
     slots = [n if cap is None else min(n, cap - 1) for n, cap in zip(held, caps, strict=True)]
@@ -487,7 +230,7 @@ class Cost:
         theirs = (other.attention, other.dtype_bytes, len(other.pruned.kv_bytes))
         if mine != theirs:
             wanted = f"attention, dtype_bytes and layers {mine}"
-            raise _refusal("Cost", wanted, theirs, "add costs of one model and convention")
+            raise refusal("Cost", wanted, theirs, "add costs of one model and convention")
         return replace(
             self,
             pruned=self.pruned + other.pruned,
@@ -521,9 +264,7 @@ class Cost:
 
     def __str__(self) -> str:
         lines = [f"{name:18}{a:12.5g}{b:12.5g}{share:8.1%}" for name, (a, b, share) in self.table().items()]
-        return "\n".join(
-            [f"{self.attention + ' attention':18}{'unpruned':>12}{'pruned':>12}{'share':>8}", *lines]
-        )
+        return "\n".join([f"{self.attention + ' attention':18}{'unpruned':>12}{'pruned':>12}{'share':>8}", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Return every figure, and each measure's share, in JSON's own types."""
@@ -554,16 +295,12 @@ def cost_of(
     image_tokens = schedule[0] if image_tokens is None else image_tokens
     if image_tokens < schedule[0]:
         todo = "image_tokens counts them before any pruning"
-        raise _refusal("cost_of", f"image_tokens of at least {schedule[0]}", image_tokens, todo)
+        raise refusal("cost_of", f"image_tokens of at least {schedule[0]}", image_tokens, todo)
     if grids and geometry.vision is None:
-        raise _refusal(
-            "cost_of", "a geometry with a vision tower, as grids were given", None, "drop the grids"
-        )
+        raise refusal("cost_of", "a geometry with a vision tower, as grids were given", None, "drop the grids")
 
     def figures(counts: Schedule, stages: Sequence[Score]) -> Figures:
-        exact = prefill_flops(
-            geometry, counts, text_tokens, scores=stages, attention=attention, logits=logits
-        )
+        exact = prefill_flops(geometry, counts, text_tokens, scores=stages, attention=attention, logits=logits)
         return Figures(
             layer_tokens=sum(counts),
             paper_flops=paper_flops(geometry, counts),
@@ -581,101 +318,3 @@ def cost_of(
         vision_flops=vision_flops(geometry.vision, grids) if geometry.vision else 0,
         projector_flops=projector_flops(geometry.vision, grids) if geometry.vision else 0,
     )
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A TFLOPs and a ratio cell of the paper's Tables 1 and 2, as printed and by Eq. 10 as stated.
-
-    ``note`` names what prints a cell that the stated setting does not; empty where both cells agree.
-    """
-
-    table: int
-    model: str
-    method: str
-    setting: str
-    printed_tflops: str
-    tflops: float
-    printed_ratio: str
-    ratio: float
-    note: str
-
-
-# table, model, image tokens, K1, K2 (R1 = 50 %, R2 = 75 %); TFLOPs and ratio of baseline, FastV and HiMAP
-_PRINTED = (
-    (1, "llava-1.5-7b", 576, 2, 8, "2.98 100%", "1.56 54%", "0.73 24%"),
-    (1, "llava-1.5-13b", 576, 3, 8, "5.81 100%", "3.09 53%", "1.36 23%"),
-    (1, "qwen-vl-chat", 256, 2, 8, "3.6 100%", "1.9 53%", "0.89 25%"),
-    (2, "llava-1.5-7b", 576, 2, 15, "2.98 100%", "1.56 54%", "1.01 34%"),
-    (2, "llava-1.5-13b", 576, 3, 15, "5.81 100%", "3.06 53%", "1.93 33%"),
-)
-
-
-def paper_tables() -> tuple[PaperRow, ...]:
-    """Recompute the TFLOPs and ratio columns of the paper's Tables 1 and 2, and search what prints each cell.
-
-    A cell agrees if the computed figure, cut or rounded to the printed decimals, is the printed one. Where it
-    does not, each K is varied over all layers; where a model's baseline does not, its image tokens (8 to
-    1,024) and MLP width (m and 2m) are, until all its TFLOPs agree at once. Qwen-VL's do for 448 tokens and
-    m = 22016: its images are 448 pixels wide, and its config.json says 22016 where its MLP is 11008 wide.
-    """
-    rows = []
-    for table, model, tokens, k1, k2, *printed in _PRINTED:
-        geometry, cells = GEOMETRIES[model], [cell.split() for cell in printed]
-        whole = _halved_tflops(geometry, tokens, ())
-        runs = (("Baseline", ()), ("FastV", (2,)), ("HiMAP", (k1, k2)))
-        other = ""
-        if not _prints(whole, cells[0][0]):
-            other = _other_sizes(geometry, [(ks, cell[0]) for (_, ks), cell in zip(runs, cells, strict=True)])
-        for (method, ks), (tflops, ratio) in zip(runs, cells, strict=True):
-            value = _halved_tflops(geometry, tokens, ks)
-            notes = [other] if other else [_other_layers(geometry, tokens, ks, Fraction(1), tflops, "TFLOPs")]
-            notes.append(_other_layers(geometry, tokens, ks, 100 / whole, ratio[:-1], "ratio"))
-            setting = ", ".join([f"n = {tokens}", *(f"{k} = {v}" for k, v in _named(ks))])
-            note = "; ".join(filter(None, notes))
-            share = float(value / whole)
-            rows.append(PaperRow(table, model, method, setting, tflops, float(value), ratio, share, note))
-    return tuple(rows)
-
-
-def _named(ks: tuple[int, ...]) -> list[tuple[str, int]]:
-    return list(zip(("K",) if len(ks) == 1 else ("K1", "K2"), ks, strict=False))
-
-
-def _halved_tflops(geometry: Geometry, tokens: int, ks: tuple[int, ...]) -> Fraction:
-    """Give Eq. 10's TFLOPs where 50 % of the image tokens go before layer K (K1), 75 % of the rest at K2."""
-    drops = tuple(zip(ks, (tokens // 2, tokens // 8), strict=False))
-    return Fraction(paper_flops(geometry, make_schedule(geometry.layers, tokens, drops)), 10**12)
-
-
-def _prints(value: Fraction, printed: str) -> bool:
-    """Tell whether a value, cut or rounded to as many decimals as were printed, is the printed one."""
-    scale = 10 ** len(printed.partition(".")[2])
-    return Fraction(printed) * scale in (value * scale // 1, round(value * scale))
-
-
-def _other_layers(
-    geometry: Geometry, tokens: int, ks: tuple[int, ...], unit: Fraction, printed: str, what: str
-) -> str:
-    def fits(tried: tuple[int, ...]) -> bool:
-        rising = all(a < b for a, b in pairwise(tried))
-        return rising and _prints(unit * _halved_tflops(geometry, tokens, tried), printed)
-
-    if fits(ks):
-        return ""
-    found = []
-    for i, (name, _) in enumerate(_named(ks)):
-        values = [str(k) for k in range(1, geometry.layers) if fits((*ks[:i], k, *ks[i + 1 :]))]
-        found.append(f"{name} = {' or '.join(values)}" if values else f"fits no {name}")
-    return f"{what} {printed}: {', '.join(found)}"
-
-
-def _other_sizes(geometry: Geometry, cells: Sequence[tuple[tuple[int, ...], str]]) -> str:
-    found = []
-    for m in (geometry.intermediate, 2 * geometry.intermediate):
-        sizes = range(8, 1025)
-        for ks, printed in cells:
-            model = replace(geometry, intermediate=m)
-            sizes = [n for n in sizes if _prints(_halved_tflops(model, n, ks), printed)]
-        found.append(f"n = {sizes[0]} to {sizes[-1]} at m = {m}" if sizes else f"fits no n at m = {m}")
-    return f"TFLOPs {', '.join(printed for _, printed in cells)}: {', or '.join(found)}"

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlmflow.attention import QueryRows, take_sequence
+from vlmflow.cost import Cost, Score, cost_of
+from vlmflow.geometry import Geometry
 
 Queries = Literal["question", "image", "last"]
 Task = Literal["qa", "caption"]
@@ -119,6 +121,21 @@ class Pruner:
                 )
         _check_order(self, [stage.layer for stage in stages])
         return stages
+
+    def cost(self, geometry: Geometry, n_image: int, n_text: int, n_question: int, dtype_bytes: int = 2) -> Cost:
+        """What one sample of ``n_image`` image and ``n_text`` text tokens costs, pruned and not, ranking included.
+
+        ``n_question`` of the text tokens follow the last image.
+        """
+        schedule = self.schedule(geometry.layers, n_image)
+        scores = []
+        for stage in self.checked_stages(geometry.layers, n_image):
+            if stage.queries is not None and n_image:
+                there = schedule[stage.layer - 1]  # image tokens that are ranked
+                rows = {"question": n_question, "image": there, "last": 1}[stage.queries]
+                tokens = there + n_text
+                scores.append(Score(stage.scored_layer, rows, tokens, peek=tokens if stage.peek else 0))
+        return cost_of(geometry, schedule, n_text, scores=scores, dtype_bytes=dtype_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """The method's name and fields, for records."""
@@ -333,7 +350,17 @@ class Uniform(Pruner):
         return torch.take_along_dim(grid.to(view.ordinal.device), view.ordinal, dim=1)
 
 
+@dataclass(frozen=True)
+class Unpruned(Pruner):
+    """No pruning: what every method is compared with."""
+
+    def stages(self, n_layers: int, n_image: int) -> tuple[Stage, ...]:
+        """None."""
+        return ()
+
+
 PRUNERS: dict[str, type[Pruner]] = {
+    "none": Unpruned,
     "himap": HiMAP,
     "fastv": FastV,
     "vtw": VTW,

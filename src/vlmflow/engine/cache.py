@@ -1,6 +1,6 @@
 """KV-cache layers that hold fewer slots than the text they stand for.
 
-Everything that decoding needs to know about a pruned prompt lives here, on the cache layers: a cache can be deep-copied,
+Everything that decoding needs to know about a pruned prompt lives here, on the cache layers: a cache can be copied,
 cropped, expanded, reset or handed from turn to turn, and the hooks stay without state.
 """
 
@@ -75,8 +75,8 @@ class Slots:
             removed = torch.arange(self.logical_length + n_new, self.logical_length, device=position.device)
             if not (position[:, n_new:] == removed).all():
                 raise RuntimeError(
-                    "the KV cache was cropped back into the pruned part of the prompt, where its length no longer tells "
-                    "which tokens are left; start again from an empty cache"
+                    "the KV cache was cropped back into the pruned part of the prompt, where its length no longer "
+                    "tells which tokens are left; start again from an empty cache"
                 )
             position, valid = position[:, :n_new], valid[:, :n_new]
         start = self.logical_length + min(0, n_new)

@@ -63,7 +63,7 @@ class Selection:
 class Prefill:
     """One forward pass over a prompt, from the text model's first layer to its last."""
 
-    pruner: Pruner | None
+    pruner: Pruner
     layout: Layout
     past: int  # logical positions already in the cache
     selection: Selection
@@ -78,7 +78,7 @@ class Prefill:
     _memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, pruner: Pruner | None, n_layers: int, layout: Layout, prompt: Tensor, past: int) -> Prefill:
+    def open(cls, pruner: Pruner, n_layers: int, layout: Layout, prompt: Tensor, past: int) -> Prefill:
         """Take in a prompt: its counts are read from the device here, once for the whole prefill.
 
         ``prompt`` (batch, length) is False at tokens that follow the prompt proper: an assistant's drafts, a
@@ -92,7 +92,7 @@ class Prefill:
         index = torch.arange(length, device=image.device).expand_as(image)
         selection = Selection(index, ~layout.padding, image, question, tokens, image_tokens, question_tokens)
         stages: dict[int, tuple[Stage, ...]] = {}
-        if pruner is not None and any(image_tokens):
+        if any(image_tokens):
             samples = [pruner.checked_stages(n_layers, count) for count in image_tokens]
             stages = {row[0].layer: row for row in zip(*samples, strict=True)}
         prefill = cls(pruner, layout, past, selection, stages, history={0: selection})
@@ -138,7 +138,6 @@ class Prefill:
 
     def apply(self, layer_idx: int, hidden: Float[Tensor, "batch length hidden"]) -> Tensor:
         """Drop the image tokens that lose at the stage before ``layer_idx``."""
-        assert self.pruner is not None
         now, row = self.selection, self.stages[layer_idx]
         if row[0].queries is not None and self.rows is None:
             raise RuntimeError(
@@ -207,7 +206,10 @@ class Prefill:
             position, valid = slots.padded(layer.max_cache_len)
         elif layer is not None and layer.is_sliding:
             stored = min(slots.length - n_query, layer.sliding_window - 1) + n_query
-            position, valid = position[:, -stored:] - (slots.logical_length - mask.shape[-1]), valid[:, -stored:]
+            position, valid = (
+                position[:, -stored:] - (slots.logical_length - mask.shape[-1]),
+                valid[:, -stored:],
+            )
         return select_mask(mask, self.selection.index, position, valid)
 
     def slots(self, layer: CacheLayerMixin | None) -> Slots:
@@ -217,7 +219,11 @@ class Prefill:
 
     def _slots(self, before: Slots | None, layer: CacheLayerMixin | None) -> Slots:
         now = self.selection
-        position, valid, all_valid = torch.where(now.valid, self.past + now.index, UNUSED), now.valid, now.all_valid
+        position, valid, all_valid = (
+            torch.where(now.valid, self.past + now.index, UNUSED),
+            now.valid,
+            now.all_valid,
+        )
         if self.past and before is None:
             past = torch.arange(self.past, device=position.device).expand(position.shape[0], -1)
             position, valid = torch.cat([past, position], 1), pad(valid, (self.past, 0), value=True)

@@ -22,7 +22,7 @@ NAME = "vlmflow_probe"
 
 @dataclass(frozen=True)
 class Seen:
-    """What an attention kernel is called with: q (batch, heads, query, channel), k and v with their own heads and keys."""
+    """What a kernel is called with: q (batch, heads, query, channel), k and v with their own heads and keys."""
 
     query: Tensor
     key: Tensor

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,16 +22,21 @@ from vlmflow.engine.probe import Seen, unwatch, watch
 from vlmflow.engine.target import Target
 from vlmflow.engine.trace import Trace
 from vlmflow.layout import Layout
-from vlmflow.pruners import Pruner
+from vlmflow.pruners import Pruner, Unpruned
 
 _CHECKPOINTS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)  # until transformers 5.23
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # packing cannot be pruned batch by batch
+_PACKED = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)  # packing cannot be pruned batch by batch
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _attaching = threading.Lock()
 
 
-def attach(model: nn.Module, pruner: Pruner | None = None) -> Session:
+def attach(model: nn.Module, pruner: Pruner = Unpruned()) -> Session:  # noqa: B008 (frozen)
     """Attach a pruner to a Hugging Face model until ``detach()``, or for a ``with`` block that gives its ``Trace``.
 
     The model stays as it is: generation, KV cache, padded batches, beams, training work as before, on fewer image
@@ -80,10 +84,10 @@ class _Peeked(Exception):  # noqa: N818 (no error: it ends a call early)
 class Session:
     """The hooks of one attachment. A context manager that gives the ``Trace``; or call ``detach()``."""
 
-    def __init__(self, model: nn.Module, pruner: Pruner | None):
+    def __init__(self, model: nn.Module, pruner: Pruner):
         self._target = target = Target.find(model)
         n_layers = len(target.layers)
-        stages = pruner.checked_stages(n_layers, 0) if pruner is not None else ()
+        stages = pruner.checked_stages(n_layers, 0)
         self._pruner = pruner
         self._stage_layers = [stage.layer for stage in stages]
         self._scored = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
@@ -186,7 +190,7 @@ class Session:
             )
 
     def _take_over_deepstack(self, prefill: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Leave the model the visual features of layers that still see the whole prompt, and add the later ones here."""
+        """Leave the model the features of layers that still see the whole prompt, and add the later ones here."""
         features = kwargs.get("deepstack_visual_embeds")
         if features is None or not prefill.stages or len(features) <= min(prefill.stages):
             return None
@@ -238,10 +242,18 @@ class Session:
         return args, changed
 
     def _prefill_layer(
-        self, prefill: Prefill, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        prefill: Prefill,
+        layer_idx: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         if not args:  # one form for all: the first parameter of every decoder layer is its input
-            args, kwargs = (kwargs["hidden_states"],), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            args, kwargs = (
+                (kwargs["hidden_states"],),
+                {k: v for k, v in kwargs.items() if k != "hidden_states"},
+            )
         hidden, *rest = args
         prefill.cache = kwargs.get("past_key_values")
         hidden = prefill.add_deepstack(layer_idx, hidden)
@@ -264,7 +276,10 @@ class Session:
             return kwargs
         layer = layer_of(prefill.cache, layer_idx)
         self._refuse_window(layer)
-        kwargs = {**kwargs, "attention_mask": prefill.mask(kwargs["attention_mask"], layer, self._target.is_flash)}
+        kwargs = {
+            **kwargs,
+            "attention_mask": prefill.mask(kwargs["attention_mask"], layer, self._target.is_flash),
+        }
         tables, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
         if tables is not None:  # rotated already: ids with gaps would only make flash attention see packed samples
             kwargs |= {"position_embeddings": tuple(map(prefill.shorten, tables)), "position_ids": None}

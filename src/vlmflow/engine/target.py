@@ -76,7 +76,9 @@ def _is_decoder(module: nn.Module, config: PreTrainedConfig) -> bool:
 def _refuse_state(model: nn.Module, core: PreTrainedModel) -> None:
     name = type(core).__name__
     if isinstance(model, nn.DataParallel):
-        raise ValueError(f"vlmflow: {name} is wrapped in nn.DataParallel; attach to the model inside, one process a GPU")
+        raise ValueError(
+            f"vlmflow: {name} is wrapped in nn.DataParallel; attach to the model inside, one process a GPU"
+        )
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(
             f"vlmflow: {name} has been compiled, and compiled code does not see hooks attached later; attach to the "

@@ -8,8 +8,11 @@ from typing import Any, overload
 
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from vlmflow.cost import Cost
 from vlmflow.engine.prefill import Prefill
+from vlmflow.geometry import Geometry
 from vlmflow.layout import Layout
 from vlmflow.pruners import Pruner
 
@@ -23,7 +26,7 @@ class Trace:
         RuntimeError: by every attribute, before the first prefill.
     """
 
-    def __init__(self, config: Any, pruner: Pruner | None, n_layers: int):
+    def __init__(self, config: PreTrainedConfig, pruner: Pruner, n_layers: int):
         self.pruner = pruner
         self.n_layers = n_layers
         self._config = config
@@ -59,6 +62,20 @@ class Trace:
         """Slots that each layer's KV cache held after the prefill, padding of ragged batches included."""
         return tuple(self._prefill.kv_length(layer) for layer in range(self.n_layers))
 
+    def cost(self) -> Cost:
+        """FLOPs and KV bytes of the prefill against the unpruned run's, all samples together, padding not counted.
+
+        Raises:
+            ValueError: a model whose geometry is not known, or a prompt that was read on top of an earlier one.
+        """
+        if self._prefill.past:
+            raise ValueError("Trace.cost: only a prompt read into an empty cache can be priced, this one had a past")
+        geometry = Geometry.from_config(self._config)
+        first = self._prefill.history[0]
+        samples = zip(first.tokens, first.image_tokens, first.question_tokens, strict=True)
+        costs = [self.pruner.cost(geometry, image, tokens - image, question) for tokens, image, question in samples]
+        return sum(costs[1:], costs[0])
+
     @property
     def _prefill(self) -> Prefill:
         prefill = vars(self._own).get("prefill", self._latest)
@@ -87,6 +104,4 @@ class Kept(Sequence[tuple[Int[Tensor, " count"], ...]]):
 
     def _of(self, layer: int) -> tuple[Tensor, ...]:
         selection = self._prefill.selection_at(layer)
-        return tuple(
-            positions[image] for positions, image in zip(selection.index, selection.image, strict=True)
-        )
+        return tuple(positions[image] for positions, image in zip(selection.index, selection.image, strict=True))

@@ -1,0 +1,53 @@
+"""Laws 6 and 8 for pruned runs: the trace prices a prefill to the integer and its cache to the byte."""
+
+import pytest
+
+import tiny
+from test_cost import countable, counting, grids
+from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, Unpruned, prune
+from vlmflow.cost import projector_flops, vision_flops
+from vlmflow.geometry import Geometry
+
+PRUNERS = [HiMAP(1, 0.5, 2, 0.5), FastV(2, 0.6), PyramidDrop((1, 2)), VTW(2), Random(1), Uniform(2), Unpruned()]
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_pruned_prefill_costs_what_the_trace_says(family, pruner):
+    small = tiny.build(family, layers=3)
+    model, geometry = countable(small), Geometry.from_config(small.model.config)
+    assert geometry.vision is not None
+    for sample in (small.samples[0], small.samples[2]):
+        with prune(model, pruner) as trace, counting() as counted:
+            cache = model(**sample, use_cache=True, logits_to_keep=1).past_key_values
+        images = grids(geometry, sample)
+        outside = vision_flops(geometry.vision, images) + projector_flops(geometry.vision, images)
+        price = trace.cost()
+        assert counted.flops == price.pruned.exact_flops + outside
+        held = [2 * layer.keys.numel() * 2 for layer in cache.layers]  # keys and values, two bytes as priced
+        assert list(price.pruned.kv_bytes) == held
+        assert (price.share("exact_flops") < 1) == (pruner != Unpruned())
+
+
+def test_a_batch_costs_its_samples():
+    small = tiny.build("llava", layers=3)
+    with prune(small.model, PRUNERS[0]) as trace:
+        small.model(**small.collate(small.samples))
+        together = trace.cost()
+        alone = []
+        for sample in small.samples:
+            small.model(**sample)
+            alone.append(trace.cost())
+    assert together == sum(alone[1:], alone[0])
+    assert together.samples == len(small.samples)
+
+
+def test_a_prompt_with_a_past_is_not_priced():
+    small = tiny.build("llava", layers=3)
+    sample = small.samples[0]
+    with prune(small.model, PRUNERS[0]) as trace:
+        cache = small.model(**sample, use_cache=True).past_key_values
+        more = {key: value for key, value in sample.items() if key != "attention_mask"}
+        small.model(**more, past_key_values=cache)
+        with pytest.raises(ValueError, match="empty cache"):
+            trace.cost()
