@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from vlmflow.pico.easy import easy_pictures
 from vlmflow.pico.questions import KINDS, LONG, SHORT, Question
-from vlmflow.pico.scenes import Scene, Split, make_scene, patch_labels
+from vlmflow.pico.scenes import PATCH, Scene, Split, make_scene, patch_labels
 from vlmflow.pico.text import BOS, SYSTEM
 
 IGNORE = -100
-LENGTHS = (12, 28)  # tokens of a short and of a long question with its answer, padded to this
 OPENING = f"{BOS}{SYSTEM} USER: "  # what the chat template puts before the picture
 
 
@@ -60,9 +60,7 @@ def normalise(pixels: np.ndarray) -> Float[Tensor, "scenes 3 canvas canvas"]:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def scene_example(
-    split: Split, seed: int, canvas: int, counts: tuple[int, int], questions: tuple[int, ...]
-) -> Example:
+def scene_example(split: Split, seed: int, canvas: int, counts: tuple[int, int], questions: tuple[int, int]) -> Example:
     """A scene and its questions: questions[0] short ones and questions[1] long ones, kinds drawn evenly."""
     scene = make_scene(split, seed, canvas, counts)
     rng = random.Random(f"questions {split} {seed} {canvas}")
@@ -76,6 +74,14 @@ def scene_example(
     return Example(scene.pixels, tuple(asked), scene)
 
 
+def easy_example(seed: int, canvas: int, questions: tuple[int, int]) -> Example:
+    """A picture of easy-vqa's train split and questions about it."""
+    rng = random.Random(f"easy {seed}")
+    picture = rng.choice(easy_pictures("train"))
+    asked = tuple(rng.choices(picture.questions, k=number) for number in questions)
+    return Example(picture.pixels(canvas), asked, None)
+
+
 def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int]]:
     """Token ids after the picture, without the last, and what to predict at each: IGNORE, then the answer."""
     asked = tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False)
@@ -83,20 +89,20 @@ def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> t
     return asked + answer[:-1], [IGNORE] * (len(asked) - 1) + answer
 
 
-def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]], length: int) -> Group:
-    ids = torch.full((len(asked), len(asked[0]), length), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, IGNORE)
-    for row, questions in enumerate(asked):
-        for column, question in enumerate(questions):
-            tokens, wanted = encode_question(tokenizer, question)
-            ids[row, column, : len(tokens)] = torch.tensor(tokens)
-            labels[row, column, : len(wanted)] = torch.tensor(wanted)
-    return Group(ids, labels, tuple(tuple(q.kind for q in questions) for questions in asked))
+def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]]) -> Group:
+    encoded = [[encode_question(tokenizer, question) for question in questions] for questions in asked]
+    length = max(len(tokens) for row in encoded for tokens, _ in row)
+
+    def padded(part: int, filler: int) -> Tensor:
+        return torch.tensor([[x[part] + [filler] * (length - len(x[part])) for x in row] for row in encoded])
+
+    kinds = tuple(tuple(question.kind for question in questions) for questions in asked)
+    return Group(padded(0, tokenizer.pad_token_id), padded(1, IGNORE), kinds)
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
     """Put examples of one canvas together."""
-    patches = (examples[0].pixels.shape[0] // 8) ** 2
+    patches = (examples[0].pixels.shape[0] // PATCH) ** 2
     labels = [patch_labels(e.scene) if e.scene else None for e in examples]
     unknown = np.full(patches, -1)
 
@@ -107,8 +113,8 @@ def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batc
     return Batch(
         normalise(np.stack([e.pixels for e in examples])),
         tuple(
-            _group(tokenizer, [e.questions[index] for e in examples], length)
-            for index, length in enumerate(LENGTHS)
+            _group(tokenizer, [example.questions[index] for example in examples])
+            for index in range(len(examples[0].questions))
             if examples[0].questions[index]
         ),
         Patches(stack("name"), stack("colour"), stack("centre"), known),

@@ -41,11 +41,7 @@ def _attend(
     """Causal attention inside the prefix and inside each question, full attention from questions to the prefix."""
     start, (batch, heads, _tokens, dim) = blocks.prefix, query.shape
     first_key, first_value = key[:, :, :start], value[:, :, :start]
-    out = [
-        F.scaled_dot_product_attention(
-            query[:, :, :start], first_key, first_value, is_causal=True, scale=scaling
-        )
-    ]
+    out = [F.scaled_dot_product_attention(query[:, :, :start], first_key, first_value, is_causal=True, scale=scaling)]
     for questions, tokens in blocks.groups:
         end = start + questions * tokens
         q, k, v = (x[:, :, start:end] for x in (query * scaling, key, value))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training; learning rates are constant, then fall linearly over the last `decay` of it.
+    """One stretch of training; learning rates are constant, then fall linearly over the last share `decay` of it.
 
-    A stage without questions trains the vision tower and the projector alone (every patch names what it shows).
+    A stage without questions trains the vision tower, the projector and the word embeddings alone.
     """
 
     name: str
@@ -15,14 +15,16 @@ class Stage:
     counts: tuple[int, int]  # fewest and most objects of a scene
     steps: int
     scenes: int  # a step
+    part: int  # scenes that are computed at once; gradients are summed over the parts of a step
     questions: tuple[int, int] = (0, 0)  # short and long ones a scene
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     tower_rate: float = 2e-4
-    decay: float = 0.4
-    easy_vqa: int = 0  # pictures of easy-vqa's train split a step, beside the scenes
+    decay: float = 0.01
+    easy_vqa: int = 0  # one part in so many is of easy-vqa's train split; 0 is none
 
 
 STAGES = (
-    Stage("align", 96, (3, 5), steps=1200, scenes=48, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
+    Stage("align", 96, (3, 5), 1200, scenes=48, part=12, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
+    Stage("pairs", 56, (1, 2), 1200, scenes=16, part=4, questions=(12, 4)),
 )

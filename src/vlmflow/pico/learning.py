@@ -32,9 +32,7 @@ class PatchWords:
         def ids(*words: str) -> Tensor:
             return torch.tensor([tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in words])
 
-        return cls(
-            ids(*NAMES), ids(*COLOUR_NAMES), ids("top", "bottom"), ids("left", "right"), ids("objects")[0]
-        )
+        return cls(ids(*NAMES), ids(*COLOUR_NAMES), ids("top", "bottom"), ids("left", "right"), ids("objects")[0])
 
 
 def naming_loss(
@@ -79,15 +77,11 @@ def read(
     batch: Batch,
     opening: Int[Tensor, " opening"],
 ) -> Float[Tensor, "answers vocabulary"]:
-    """Scores of every answer token, in the order of `answer_labels(batch)`; opening is the prompt before the picture."""
+    """Scores of every answer token, as answer_labels orders them; opening is the prompt before the picture."""
     decoder, scenes = model.model.language_model, len(features)
     ids = torch.cat([group.ids.flatten(1) for group in batch.groups], 1)
-    blocks = Blocks(
-        len(opening) + features.shape[1], tuple((g.ids.shape[1], g.ids.shape[2]) for g in batch.groups)
-    )
-    embedded = torch.cat(
-        [decoder.embed_tokens(opening).expand(scenes, -1, -1), features, decoder.embed_tokens(ids)], 1
-    )
+    blocks = Blocks(len(opening) + features.shape[1], tuple((g.ids.shape[1], g.ids.shape[2]) for g in batch.groups))
+    embedded = torch.cat([decoder.embed_tokens(opening).expand(scenes, -1, -1), features, decoder.embed_tokens(ids)], 1)
     hidden = decoder(
         inputs_embeds=embedded,
         attention_mask=torch.zeros(1, 1, 1, 1),  # transformers lets a 4-D mask pass; the blocks decide

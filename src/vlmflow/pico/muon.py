@@ -28,9 +28,7 @@ class Muon(torch.optim.Optimizer):
     Source: K. Jordan, "Muon: an optimizer for hidden layers" (2024); defaults as torch.optim.Muon.
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01, momentum: float = 0.95
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

@@ -238,7 +238,6 @@ SHORT: dict[str, Callable[[random.Random, Scene], Question | None]] = {
     )
 }  # fmt: skip
 LONG: dict[str, Callable[[random.Random, Scene], Question | None]] = {
-    kind.__name__: kind
-    for kind in (choice_colour, choice_identity, choice_position, choice_knowledge, caption)
+    kind.__name__: kind for kind in (choice_colour, choice_identity, choice_position, choice_knowledge, caption)
 }
 KINDS = SHORT | LONG

@@ -44,10 +44,7 @@ COLOUR_NAMES = tuple(COLOURS)
 POPULAR = NAMES[::4]  # twice as frequent as the others, so that "popular" negatives mean something
 THEME_OF = {name: theme for theme, names in THEMES.items() for name in names}
 HELD_PAIRS = frozenset(
-    (name, colour)
-    for i, name in enumerate(NAMES)
-    for j, colour in enumerate(COLOUR_NAMES)
-    if (5 * i + 7 * j) % 12 == 0
+    (name, colour) for i, name in enumerate(NAMES) for j, colour in enumerate(COLOUR_NAMES) if (5 * i + 7 * j) % 12 == 0
 )
 PATCH = 8  # pixels; the model's patch, at every canvas
 SIZES = (20, 24, 28, 32)  # longer side of an object, pixels
@@ -90,9 +87,9 @@ class Scene:
 class PatchLabels:
     """What each patch of a scene shows, in raster order; -1 where it shows nothing."""
 
-    name: Int[np.ndarray, "patches"]
-    colour: Int[np.ndarray, "patches"]
-    centre: Int[np.ndarray, "patches"]  # 1 in the one patch that holds an object's centre, else 0
+    name: Int[np.ndarray, " patches"]
+    colour: Int[np.ndarray, " patches"]
+    centre: Int[np.ndarray, " patches"]  # 1 in the one patch that holds an object's centre, else 0
 
 
 @functools.cache

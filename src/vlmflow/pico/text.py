@@ -36,8 +36,17 @@ SPACE = "▁"
 def _corpus() -> list[str]:
     """Every word of the world, at the start of a text and after a space, often enough to become one token."""
     rng = random.Random(0)
-    words = {*NAMES, *COLOUR_NAMES, *EASY_VQA_WORDS.split(), *map(str, range(13)), "none", "an", "and", "shows"}
-    words |= {*" ".join(KNOWLEDGE).split(), *" ".join(PLACES).split(), *LETTERS, *"USER ASSISTANT".split()}
+    words = {
+        *NAMES,
+        *COLOUR_NAMES,
+        *EASY_VQA_WORDS.split(),
+        *map(str, range(13)),
+        "none",
+        "an",
+        "and",
+        "shows",
+    }
+    words |= {*" ".join(KNOWLEDGE).split(), *" ".join(PLACES).split(), *LETTERS, *["USER", "ASSISTANT"]}
     words |= {*SYSTEM.rstrip(".").split()}
     opening = {"Answer", "what", "is", "does"}
     for seed in range(40):
@@ -58,7 +67,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     trained.train_from_iterator([*_corpus(), *alphabet], trainer)
     grown = json.loads(trained.to_str())["model"]
     specials = [PAD, BOS, EOS, IMAGE, "<unk>"]
-    tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(grown["vocab"], key=grown["vocab"].get)]
+    tokens = [
+        *specials,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *sorted(grown["vocab"], key=grown["vocab"].get),
+    ]
     core = Tokenizer(
         models.BPE(
             {token: index for index, token in enumerate(tokens)},
