@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+import oracles
 import tiny
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, prune
 
@@ -235,3 +236,39 @@ def test_threads(llava):
     for number, sample in enumerate(samples):
         assert kept[number] == sample["input_ids"].shape[1]
         assert all(torch.equal(answer, expected[number]) for answer in answers[number])
+
+
+@pytest.mark.parametrize("pruner", [HIMAP, VTW(k=3), PyramidDrop(layers=(2, 4))], ids=repr)
+def test_second_turn_with_a_new_image(llava, pruner):
+    """The second image is ranked by the second question, on top of what is left of the first."""
+    slow = tiny.build("llava", "eager").model
+    first, second = llava.sample([4, "image", 6], seed=1), llava.sample([3, "image", 7], seed=2)
+    whole = tiny.join(
+        [{key: value.T if value.dim() == 2 else value for key, value in s.items()} for s in (first, second)]
+    )
+    whole = {key: value.T if value.dim() == 2 else value for key, value in whole.items()}
+    start = first["input_ids"].shape[1]
+    image = (start + (second["input_ids"][0] == tiny.IMAGE).nonzero().flatten()).tolist()
+    question = list(range(image[-1] + 1, whole["input_ids"].shape[1]))
+
+    dropped = oracles.drops(slow, first, oracles.kept_sets(pruner, slow, first)[0])
+    kept = image
+    for stage in pruner.stages(6, len(image)):
+        attention = oracles.masked_forward(slow, whole, dropped)[1][stage.scored_layer].mean(0)
+        queries = {"question": question, "image": kept, "last": question[-1:], None: []}[stage.queries]
+        kept, _ = oracles.largest(kept, attention[queries][:, kept].sum(0).tolist(), stage.keep)
+        dropped[stage.layer] = dropped[stage.layer] | (set(image) - set(kept))
+    expected = oracles.masked_forward(slow, whole, dropped)[0]
+
+    with prune(llava.model, pruner) as trace, torch.no_grad():
+        cache = llava.model(**first, use_cache=True).past_key_values
+        out = llava.model(
+            input_ids=second["input_ids"],
+            pixel_values=second["pixel_values"],
+            attention_mask=torch.ones_like(whole["input_ids"]),
+            past_key_values=cache,
+        )
+    assert (trace.kept[5][0] + start).tolist() == kept
+    text = ~trace.layout.image[0]
+    torch.testing.assert_close(out.logits[0][text], expected[start:][text], atol=1e-4, rtol=0)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == list(trace.kv_lengths)

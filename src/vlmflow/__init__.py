@@ -1,8 +1,25 @@
 """See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs."""
 
-from vlmflow.engine import Session, Trace, attach, prune
-from vlmflow.layout import Layout
-from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Pruner, PyramidDrop, Random, Stage, Uniform, Unpruned, View
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmflow.engine import Session, Trace, attach, prune
+    from vlmflow.layout import Layout
+    from vlmflow.pruners import (
+        PRUNERS,
+        VTW,
+        FastV,
+        HiMAP,
+        Pruner,
+        PyramidDrop,
+        Random,
+        Stage,
+        Uniform,
+        Unpruned,
+        View,
+        make_pruner,
+    )
 
 __version__ = "0.1.0"
 
@@ -22,5 +39,19 @@ __all__ = [
     "Unpruned",
     "View",
     "attach",
+    "make_pruner",
     "prune",
 ]
+
+_ROOMS = {"Session": "engine", "Trace": "engine", "attach": "engine", "prune": "engine", "Layout": "layout"}
+
+
+def __getattr__(name: str) -> Any:
+    """Open a room when its name is first used: torch and transformers take seconds that ``--help`` does not need."""
+    if name not in __all__:
+        raise AttributeError(f"module 'vlmflow' has no attribute {name!r}")
+    return getattr(import_module(f"vlmflow.{_ROOMS.get(name, 'pruners')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

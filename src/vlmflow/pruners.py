@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -368,6 +369,32 @@ PRUNERS: dict[str, type[Pruner]] = {
     "random": Random,
     "uniform": Uniform,
 }
+
+
+def make_pruner(name: str, settings: Mapping[str, str], n_layers: int) -> Pruner:
+    """A pruner by name: its published defaults scaled to the depth, with fields set from text (``0.5``, ``2,4``).
+
+    Raises:
+        ValueError: unknown name or field, or a value that the field does not take.
+    """
+    if name not in PRUNERS:
+        raise ValueError(f"unknown pruner {name!r}; choose from {', '.join(PRUNERS)}")
+    kinds = {field.name: get_type_hints(PRUNERS[name])[field.name] for field in fields(PRUNERS[name])}
+    values: dict[str, Any] = {}
+    for field, text in settings.items():
+        if field not in kinds:
+            takes = f"its fields are {', '.join(kinds)}" if kinds else "it has no fields"
+            raise ValueError(f"pruner {name} has no field {field!r}; {takes}")
+        values[field] = _parse(name, field, kinds[field], text)
+    return replace(PRUNERS[name].scaled(n_layers), **values)
+
+
+def _parse(name: str, field: str, kind: Any, text: str) -> Any:
+    try:
+        return tuple(int(part) for part in text.split(",")) if kind == tuple[int, ...] else kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "whole numbers with commas between")
+        raise ValueError(f"pruner {name}: {field} must be {wanted}, got {text!r}") from None
 
 
 def _kept(count: int, share_dropped: float) -> int:

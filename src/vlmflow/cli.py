@@ -1,0 +1,254 @@
+"""The command line: ``vlmflow demo | run | pruners | models``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlmflow import __version__
+from vlmflow.pruners import PRUNERS, make_pruner
+
+if TYPE_CHECKING:
+    from vlmflow.ask import Run
+    from vlmflow.models import VLM
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
+)
+out, notes = Console(), Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs; default: the first accelerator, or cpu.")]
+DtypeOption = Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="A field of the pruner, as k1=2; may be repeated.")]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"vlmflow: {' '.join(str(error).removeprefix('vlmflow: ').split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+def load_model(name: str, device: str | None, dtype: str) -> VLM:
+    """Load a model, or leave with one line."""
+    from vlmflow.models import load  # torch and transformers take seconds that --help does not need
+
+    with refusals():
+        return load(name, device, dtype)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options that need no command."""
+    if version:
+        typer.echo(f"vlmflow {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def pruners() -> None:
+    """List the pruning methods: their fields with defaults, what they do, where they come from."""
+    table = Table("name", "fields and defaults", "what it does", "source")
+    for name, cls in PRUNERS.items():
+        lines = (inspect.getdoc(cls) or "").split("\n")
+        source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "a control")
+        defaults = ", ".join(f"{field.name}={field.default}" for field in fields(cls)) or "none"
+        table.add_row(name, defaults, lines[0], source.rstrip("."))
+    out.print(table)
+    out.print("Layers scale with the model's depth unless they are set.")
+
+
+@app.command()
+def models() -> None:
+    """List the model families that work."""
+    from vlmflow.models import FAMILIES
+
+    table = Table("model_type", "known as")
+    table.add_row("pico", "the embedded model (a LLaVA of 5 million weights)")
+    for model_type, known_as in FAMILIES.items():
+        table.add_row(model_type, known_as)
+    out.print(table)
+
+
+@app.command()
+def run(
+    image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    model: ModelOption = "pico",
+    pruner: Annotated[str, typer.Option(help=f"One of {', '.join(PRUNERS)}.")] = "himap",
+    set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
+    compare: Annotated[bool, typer.Option("--compare", help="Answer under every method, side by side.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Folder for a picture of the kept patches and a record.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON line last.")] = False,
+    max_new_tokens: NewTokensOption = 64,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Ask a model about images, with its image tokens pruned."""
+    with refusals():
+        settings = parse_settings(set_)
+        make_pruner(pruner, settings, n_layers=32)  # wrong names and values, before a model is loaded
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; ask something with --prompt")
+        if save is not None and save.is_file():
+            raise ValueError(f"--save wants a folder, and {save} is a file")
+        from vlmflow.models import Question, open_image
+
+        question = Question(prompt, tuple(open_image(path) for path in image))
+    vlm = load_model(model, device, dtype)
+    from vlmflow.ask import ask
+
+    with refusals():
+        chosen = make_pruner(pruner, settings, vlm.n_layers)
+        methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS} if compare else {}
+        methods[pruner] = chosen
+        for method in methods.values():
+            method.checked_stages(vlm.n_layers, 0)
+        runs = {name: ask(vlm, question, method, max_new_tokens) for name, method in methods.items()}
+    print_runs(runs)
+    record = {
+        "model": model,
+        "prompt": prompt,
+        "images": [str(path) for path in image],
+        "versions": versions(),
+        "runs": {name: one.to_dict() for name, one in runs.items()},
+    }
+    if save is not None:
+        with refusals():
+            save_run(save, vlm, question, runs, record)
+    if json_:
+        typer.echo(json.dumps(record))
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """``k1=2`` and the like.
+
+    Raises:
+        ValueError: no equals sign in one.
+    """
+    broken = next((pair for pair in pairs if "=" not in pair), None)
+    if broken is not None:
+        raise ValueError(f"--set wants field=value, such as k1=2, got {broken!r}")
+    return {name.strip(): value.strip() for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    packages = {name: metadata.version(name) for name in ("vlmflow", "torch", "transformers")}
+    return packages | {"python": platform.python_version()}
+
+
+def print_runs(runs: dict[str, Run]) -> None:
+    """The answers, and what they cost."""
+    table = cost_table("answer")
+    for name, one in runs.items():
+        table.add_row(name, one.answer.text, *cost_cells(one))
+    out.print(table)
+
+
+def cost_table(*columns: str) -> Table:
+    """A table whose last columns are what pruning saves."""
+    return Table("method", *columns, "image tokens", "mean/layer", "FLOPs Eq. 10", "FLOPs exact", "KV cache")
+
+
+def cost_cells(one: Run) -> list[str]:
+    """The cells for ``cost_table``'s last columns; shares are of the unpruned prefill."""
+    mean = one.cost.table()["mean_image_tokens"][1]
+    shares = [f"{one.cost.share(measure):.0%}" for measure in ("paper_flops", "exact_flops", "kv_bytes")]
+    return [one.steps, f"{mean:.0f}", *shares]
+
+
+def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record: dict[str, Any]) -> None:
+    """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
+    from vlmflow import plots
+    from vlmflow.models import patch_grids, seen_images
+
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".record.json.partial"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(folder / "record.json")
+    typer.echo(f"wrote {folder / 'record.json'}")
+    inputs = vlm.encode([question])
+    grids = patch_grids(inputs, vlm.model.config, next(iter(runs.values())).image_tokens[0])
+    if grids is None:
+        notes.print("no picture: this model's image tokens do not form one grid an image")
+        return
+    methods = {f"{name}: {one.answer.text[:40]}": one.stages for name, one in runs.items()}
+    images = seen_images(inputs, question.images)
+    plots.kept_patches(folder / "patches.png", images, grids, methods, question.text)
+    typer.echo(f"wrote {folder / 'patches.png'}")
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("demo"),
+    limit: Annotated[int, typer.Option(min=1, help="How many of the bundled pictures.")] = 12,
+    device: DeviceOption = None,
+) -> None:
+    """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
+    from vlmflow.ask import ask
+    from vlmflow.latency import prefill_seconds
+    from vlmflow.models import Question, open_image
+    from vlmflow.pico import samples
+
+    with refusals():
+        if out_dir.is_file():
+            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
+    vlm = load_model("pico", device, "auto")
+    methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS}
+    asked = [(sample, question) for sample in samples()[:limit] for question in sample.questions]
+    right = dict.fromkeys(methods, 0)
+    shown: dict[str, Run] = {}
+    for sample, question in track(asked, "Asking", console=notes, transient=True):
+        for name, method in methods.items():
+            one = ask(vlm, Question(question.text, (open_image(sample.image),)), method, max_new_tokens=32)
+            right[name] += one.answer.text in question.references
+            if (sample, question) == asked[0]:
+                shown[name] = one
+    sample, question = asked[0]
+    first = Question(question.text, (open_image(sample.image),))
+    seconds = prefill_seconds(vlm.model, vlm.encode([first]), list(methods.values()), repeats=9)
+    table = cost_table("answer", f"right of {len(asked)}")
+    table.add_column("prefill time")
+    for (name, one), taken in zip(shown.items(), seconds, strict=True):
+        mark = "✓" if one.answer.text in question.references else "✗"
+        ratio = f"{taken / seconds[0]:.0%}"
+        table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
+    out.print(f"The answers are to “{question.text}” about {sample.image.name}; shares are of the unpruned run.")
+    out.print(table)
+    record = {"versions": versions(), "asked": len(asked), "right": right}
+    record["runs"] = {name: one.to_dict() for name, one in shown.items()}
+    with refusals():
+        save_run(out_dir, vlm, first, {name: one for name, one in shown.items() if name != "none"}, record)
+
+
+def main() -> None:
+    """The entry point: quiet libraries, then the command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+if __name__ == "__main__":
+    main()

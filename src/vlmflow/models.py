@@ -1,0 +1,203 @@
+"""Load a model with its processor, and ask it about images in its own chat form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+from vlmflow.pico import MODEL_DIR
+
+FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it by; each is tested from its config
+    "llava": "LLaVA-1.5",
+    "llava_next": "LLaVA-NeXT (1.6)",
+    "llava_onevision": "LLaVA-OneVision",
+    "internvl": "InternVL 2.5, 3, 3.5 (-hf)",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM, SmolVLM2",
+    "mistral3": "Mistral Small 3.1 (Pixtral tower)",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL MoE",
+    "glm4v": "GLM-4.1V",
+    "gemma3": "Gemma 3",
+    "paligemma": "PaliGemma 1, 2",
+}
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded; the message says what to do."""
+
+
+class ImageError(ValueError):
+    """A file is no image that can be read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: text about any number of images."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it said, without special tokens, and how many tokens that took."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class VLM:
+    """A model with its processor."""
+
+    name: str
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return self.model.config.get_text_config(decoder=True).num_hidden_layers
+
+    def encode(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """A left-padded batch of prompts, images before text, on the model's device."""
+        processor: Any = self.processor
+        batch = processor(
+            text=[self._prompt(question) for question in questions],
+            images=[list(question.images) for question in questions] if any(q.images for q in questions) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(batch.to(self.model.device, self.model.dtype))
+
+    def _prompt(self, question: Question) -> str:
+        processor: Any = self.processor
+        if not processor.chat_template:  # a model that was never taught to chat, such as PaliGemma
+            return processor.image_token * len(question.images) + question.text
+        content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[Answer]:
+        """Greedy answers to encoded questions."""
+        processor: Any = self.processor
+        out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = processor.batch_decode(new, skip_special_tokens=True)
+        ends = torch.tensor(self._end_ids, device=new.device)
+        lengths = (~torch.isin(new, ends)).cumprod(1).sum(1).tolist()
+        return [Answer(text.strip(), length) for text, length in zip(texts, lengths, strict=True)]
+
+    @property
+    def _end_ids(self) -> list[int]:
+        config = self.model.generation_config
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        return [token for token in [*ends, config.pad_token_id] if token is not None]
+
+
+def load(name: str = "pico", device: str | None = None, dtype: str = "auto", attn: str = "sdpa") -> VLM:
+    """Load a model by hub id, local folder, or ``pico``, the model inside the package.
+
+    ``dtype`` is a torch dtype's name, or ``auto`` for the checkpoint's own (float32 for pico). ``device`` is where it
+    goes, by default the first accelerator, else the CPU.
+
+    Raises:
+        ModelError: it cannot be found, has no weights, or is no image-text-to-text model.
+    """
+    path = str(MODEL_DIR) if name == "pico" else name
+    if name == "pico" and dtype == "auto":
+        dtype = "float32"  # half precision on disk only
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {dtype!r}")
+    logging.disable_progress_bar()
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
+    where = device or (accelerator.type if (accelerator := torch.accelerator.current_accelerator()) else "cpu")
+    try:
+        model = model.to(where).eval()
+    except RuntimeError as error:
+        raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
+    return VLM(name, model, processor)
+
+
+def _reason(name: str, error: Exception) -> str:
+    text, folder = str(error), Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return "the folder has no weights (*.safetensors); point to a complete checkpoint"
+    if "Unrecognized configuration class" in text:
+        return "it is no image-text-to-text model; `vlmflow models` lists the families that work"
+    if not folder.exists() and ("connect" in text.lower() or "offline" in text.lower()):
+        return "no such folder here, and the hub cannot be reached; check the name, or download the model first"
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file whole, as RGB.
+
+    Raises:
+        ImageError: missing, empty, broken, too large, or no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ImageError(f"no image file at {path}")
+    if path.stat().st_size == 0:
+        raise ImageError(f"the image file {path} is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{path} is no image (wanted PNG, JPEG, WebP, ...)") from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ImageError(f"the image {path} has more than {MAX_PIXELS:,} pixels; make it smaller first") from error
+        except (OSError, SyntaxError) as error:
+            raise ImageError(f"the image {path} is broken ({_first_line(error)}); get an intact copy") from error
+
+
+def patch_grids(inputs: dict[str, torch.Tensor], config: Any, n_image: int) -> list[tuple[int, int]] | None:
+    """Rows and columns of the image tokens of each image in a prompt, None where tokens form no plain grids.
+
+    ``inputs`` is one encoded question, ``n_image`` its number of image tokens.
+    """
+    if "image_grid_thw" in inputs:
+        merge = config.vision_config.spatial_merge_size
+        return [(int(t * h) // merge, int(w) // merge) for t, h, w in inputs["image_grid_thw"]]
+    pixels = inputs.get("pixel_values")
+    n_pictures = pixels.shape[0] if pixels is not None and pixels.dim() == 4 else 1
+    side = round((n_image / n_pictures) ** 0.5)
+    return [(side, side)] * n_pictures if n_pictures * side**2 == n_image else None
+
+
+def seen_images(inputs: dict[str, torch.Tensor], images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images as the model sees them: resized and cropped, where its pixels still form a picture."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.dim() != 4 or pixels.shape[0] != len(images):
+        return list(images)
+    array = pixels.float().cpu().numpy().transpose(0, 2, 3, 1)
+    low, high = array.min((1, 2), keepdims=True), array.max((1, 2), keepdims=True)
+    return [
+        Image.fromarray(picture) for picture in ((array - low) / np.maximum(high - low, 1e-6) * 255).astype(np.uint8)
+    ]
