@@ -1,0 +1,94 @@
+"""The tensor maths, against plain loops."""
+
+import pytest
+import torch
+
+from vlmflow import attention
+from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
+
+
+@pytest.fixture
+def heads():
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8)  # two samples, four heads over two, 7 queries, 9 keys
+
+
+def plain(query, key, visible, scaling, softcap=None):
+    """Attention weights head by head."""
+    weights = torch.zeros(*query.shape[:3], key.shape[2])
+    for b in range(query.shape[0]):
+        for h in range(query.shape[1]):
+            logits = query[b, h] @ key[b, h // 2].T * scaling
+            if softcap:
+                logits = torch.tanh(logits / softcap) * softcap
+            weights[b, h] = torch.softmax(logits.masked_fill(~visible[b], -torch.inf), -1)
+    return weights
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("form", ["none", "padding", "boolean", "additive"])
+def test_rows_equal_plain_attention(heads, form, softcap):
+    query, key = heads
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    if form != "none":
+        padding[1, :2] = False
+    visible = causal_mask(7, padding)
+    mask = {"none": None, "padding": padding.long(), "boolean": visible}.get(form)
+    if form == "additive":
+        mask = torch.zeros(2, 1, 7, 9).masked_fill(~visible, torch.finfo(torch.float32).min)
+    rows = torch.tensor([[1, 4, 6], [2, 2, 5]])
+    valid = torch.tensor([[True, True, True], [False, True, True]])
+    got = QueryRows.take(query, key, mask, rows, valid, 0.3, softcap).weights()
+    whole = plain(query, key, visible[:, 0], 0.3, softcap)
+    for b in range(2):
+        for i in range(3):
+            expected = whole[b, :, rows[b, i]] * valid[b, i]
+            torch.testing.assert_close(got[b, :, i], expected, atol=1e-6, rtol=0)
+
+
+def test_received_sums_rows_in_pieces(heads, monkeypatch):
+    query, key = heads
+    rows = torch.arange(7).expand(2, 7)
+    seen = QueryRows.take(query, key, None, rows, torch.ones(2, 7, dtype=torch.bool))
+    expected = seen.weights().mean(1).sum(1)
+    monkeypatch.setattr(attention, "_ROW_BUDGET", 2 * 4 * 9 * 2)  # two rows at a time
+    torch.testing.assert_close(seen.received(), expected)
+
+
+def test_a_row_that_sees_nothing_gives_nothing(heads):
+    query, key = heads
+    mask = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
+    seen = QueryRows.take(query, key, mask, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool))
+    assert (seen.received() == 0).all()
+
+
+def test_right_align():
+    flags = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    index = right_align(flags, 3)
+    assert index[0].tolist() == [0, 2, 3]
+    assert index[1, -1].item() == 2
+    assert not flags[1, index[1, :2]].any()
+
+
+def test_take_sequence_with_leading_axes():
+    table = torch.randn(3, 1, 5, 2)  # three kinds of position, one table for all samples
+    index = torch.tensor([[0, 4], [1, 2]])
+    out = take_sequence(table, index)
+    assert out.shape == (3, 2, 2, 2)
+    assert torch.equal(out[:, 1], table[:, 0, [1, 2]])
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_select_mask(boolean):
+    visible = torch.rand(1, 1, 4, 6, generator=torch.Generator().manual_seed(0)) > 0.4
+    hidden = torch.finfo(torch.float32).min
+    mask = visible if boolean else torch.zeros(visible.shape).masked_fill(~visible, hidden)
+    rows, columns = torch.tensor([[0, 3], [1, 2]]), torch.tensor([[0, 5, 9], [-2, 1, 2]])
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    out = select_mask(mask, rows, columns, valid)
+    out = out if boolean else out == 0
+    for b in range(2):
+        for i, row in enumerate(rows[b]):
+            for j, column in enumerate(columns[b]):
+                inside = bool(valid[b, j]) and 0 <= column < 6
+                assert out[b, 0, i, j] == (inside and bool(visible[0, 0, row, column.clamp(0, 5)]))
