@@ -139,7 +139,7 @@ def hold(layer: CacheLayerMixin, slots: Slots) -> None:
 
 def physical_length(layer: CacheLayerMixin) -> int:
     """Tokens that a layer was given (a sliding layer may have let go of the oldest)."""
-    return int(layer.get_seq_length() if slots_of(layer) is None else layer.physical_length())
+    return int(layer.get_seq_length()) if slots_of(layer) is None else layer.physical_length()
 
 
 def is_static(layer: CacheLayerMixin | None) -> bool:
@@ -160,7 +160,7 @@ def _pruned_class(cls: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
         _physical = False
 
         def physical_length(self) -> int:
-            return super().get_seq_length()
+            return int(super().get_seq_length())
 
         def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
             length = super().get_seq_length(*args, **kwargs)

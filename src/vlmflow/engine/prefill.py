@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
 from vlmflow.engine.cache import UNUSED, Slots, hold, is_static, layer_of, physical_length, slots_of
-from vlmflow.engine.probe import Seen
+from vlmflow.engine.probe import KernelCall, Watcher
 from vlmflow.layout import Layout
 from vlmflow.pruners import Pruner, Stage, View
 
@@ -115,11 +115,11 @@ class Prefill:
         """Whether some stage has been applied."""
         return len(self.history) > 1
 
-    def watcher(self, stage: Stage, layer: CacheLayerMixin | None) -> Callable[[Seen], None]:
+    def watcher(self, stage: Stage, layer: CacheLayerMixin | None) -> Watcher:
         """What looks at the scored layer's q and k for ``stage``; ``layer`` is that layer's cache."""
         filled = physical_length(layer) if is_static(layer) else None
 
-        def look(seen: Seen) -> None:
+        def look(call: KernelCall) -> tuple[Tensor, Any]:
             now = self.selection
             by_image = stage.queries == "image"
             flags, counts = (now.image, now.image_tokens) if by_image else (now.question, now.question_tokens)
@@ -127,12 +127,13 @@ class Prefill:
             row_valid = torch.gather(flags, 1, rows)
             if stage.queries == "last":
                 rows, row_valid = rows[:, -1:], row_valid[:, -1:]
-            n_query, key = seen.query.shape[2], seen.key
+            n_query, key = call.query.shape[2], call.key
             if filled is not None:  # a static cache hands over its empty slots as well
                 key = key[:, :, : filled + n_query]
             self.rows_first_key = key.shape[2] - n_query
             with torch.no_grad():
-                self.rows = QueryRows.take(seen.query, key, seen.mask, rows, row_valid, seen.scaling, seen.softcap)
+                self.rows = QueryRows.take(call.query, key, call.mask, rows, row_valid, call.scaling, call.softcap)
+            return call.run()
 
         return look
 

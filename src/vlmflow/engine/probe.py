@@ -1,8 +1,8 @@
 """A one-shot look into one attention layer: its post-rotary q and k, whatever kernel the model runs.
 
 Attention modules look their kernel up by the name in ``self.config._attn_implementation``. For one call, and for the
-thread that asked, that name is ours; the registered function shows the layer's inputs to the caller and hands over to
-the model's own kernel. Masks are still built for the real kernel, because the model's config is not touched.
+thread that asked, that name is ours; the registered function hands the call to those who watch, and they to the model's
+own kernel. Masks are still built for the real kernel, because the model's config is not touched.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ NAME = "vlmflow_probe"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a kernel is called with: q (batch, heads, query, channel), k and v with their own heads and keys."""
+class KernelCall:
+    """One call of an attention kernel.
+
+    ``query`` is (batch, heads, query, channel), ``key`` and ``value`` (batch, kv_heads, key, channel), post-rotary.
+    ``run()`` goes on to the kernel and gives what it returns: the output (batch, query, heads, channel), and None.
+    """
 
     query: Tensor
     key: Tensor
@@ -30,9 +34,10 @@ class Seen:
     mask: Tensor | None
     scaling: float | None
     softcap: float | None
+    run: Callable[[], tuple[Tensor, Any]]
 
 
-Watcher = Callable[[Seen], None]
+Watcher = Callable[[KernelCall], tuple[Tensor, Any]]
 
 
 class _WatchedConfig:
@@ -40,7 +45,7 @@ class _WatchedConfig:
 
     def __init__(self, real: PreTrainedConfig):
         self.real = real
-        self.watchers: dict[int, Watcher] = {}
+        self.watchers: dict[int, list[Watcher]] = {}
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -54,37 +59,42 @@ _lock = threading.Lock()
 
 
 def watch(attention: nn.Module, watcher: Watcher) -> None:
-    """Show the next call of an attention module, made by this thread, to ``watcher`` before its kernel runs."""
+    """Hand the next call of an attention module, made by this thread, to ``watcher``, before any that watch already."""
     with _lock:
         if not isinstance(attention.config, _WatchedConfig):
             attention.config = _WatchedConfig(attention.config)
-        attention.config.watchers[threading.get_ident()] = watcher
+        attention.config.watchers.setdefault(threading.get_ident(), []).insert(0, watcher)
 
 
-def unwatch(attention: nn.Module) -> Watcher | None:
-    """Take this thread's watcher back, and the stand-in with the last one. Returns None if the call has been seen."""
+def unwatch(attention: nn.Module) -> list[Watcher]:
+    """Take this thread's watchers back, and the stand-in with the last one; none are left once the call was made."""
     with _lock:
         config = attention.config
         if not isinstance(config, _WatchedConfig):
-            return None
-        watcher = config.watchers.pop(threading.get_ident(), None)
+            return []
+        watchers = config.watchers.pop(threading.get_ident(), [])
         if not config.watchers:
             attention.config = config.real
-        return watcher
+        return watchers
 
 
 def _probe(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Any:
-    watcher = unwatch(module)
-    if watcher is not None:
-        watcher(Seen(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("softcap")))
+) -> tuple[Tensor, Any]:
+    watchers = unwatch(module)
     implementation = module.config._attn_implementation
     if implementation in (None, "eager"):  # each modeling file has its own
         kernel = sys.modules[type(module).__module__].eager_attention_forward
     else:
         kernel = ALL_ATTENTION_FUNCTIONS[implementation]
-    return kernel(module, query, key, value, attention_mask, **kwargs)
+
+    def run(watching: list[Watcher]) -> tuple[Tensor, Any]:
+        if not watching:
+            return kernel(module, query, key, value, attention_mask, **kwargs)
+        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        return watching[0](KernelCall(query, key, value, attention_mask, scaling, softcap, lambda: run(watching[1:])))
+
+    return run(watchers)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _probe)

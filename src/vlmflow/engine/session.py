@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmflow.engine.cache import is_static, layer_of, slots_of
 from vlmflow.engine.prefill import Prefill
-from vlmflow.engine.probe import Seen, unwatch, watch
+from vlmflow.engine.probe import KernelCall, unwatch, watch
+from vlmflow.engine.tap import Tap, decode_positions, prefill_positions, tapped
 from vlmflow.engine.target import Target
 from vlmflow.engine.trace import Trace
 from vlmflow.layout import Layout
@@ -36,23 +37,23 @@ _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _attaching = threading.Lock()
 
 
-def attach(model: nn.Module, pruner: Pruner = Unpruned()) -> Session:  # noqa: B008 (frozen)
+def attach(model: nn.Module, pruner: Pruner = Unpruned(), taps: Sequence[Tap] = ()) -> Session:  # noqa: B008 (frozen)
     """Attach a pruner to a Hugging Face model until ``detach()``, or for a ``with`` block that gives its ``Trace``.
 
     The model stays as it is: generation, KV cache, padded batches, beams, training work as before, on fewer image
     tokens. Without a pruner only the trace is kept. Prefill is pruned once; with ``use_cache=False`` generation
-    re-reads its whole text each step, and ranks anew each time.
+    re-reads its whole text each step, and ranks anew each time. ``taps`` take part in the attention of their layers.
 
     Raises:
         TypeError: not a transformers image-text-to-text model that the engine can serve.
         ValueError: a state or a pruner that does not fit, or a model that already has a session.
     """
-    return Session(model, pruner)
+    return Session(model, pruner, taps)
 
 
 def prune(model: nn.Module, pruner: Pruner) -> Session:
     """``attach`` with a pruner: ``with prune(model, HiMAP()) as trace: model.generate(**inputs)``."""
-    return Session(model, pruner)
+    return Session(model, pruner, ())
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,27 @@ class _Peeked(Exception):  # noqa: N818 (no error: it ends a call early)
     """Raised once a layer's q and k have been seen."""
 
 
+def _stop(call: KernelCall) -> tuple[Tensor, Any]:
+    raise _Peeked
+
+
 class Session:
     """The hooks of one attachment. A context manager that gives the ``Trace``; or call ``detach()``."""
 
-    def __init__(self, model: nn.Module, pruner: Pruner):
+    def __init__(self, model: nn.Module, pruner: Pruner, taps: Sequence[Tap]):
         self._target = target = Target.find(model)
         n_layers = len(target.layers)
         stages = pruner.checked_stages(n_layers, 0)
+        for layer_idx in sorted({layer_idx for tap in taps for layer_idx in tap.layers}):
+            if not 0 <= layer_idx < n_layers:
+                raise ValueError(
+                    f"vlmflow: a tap wants layer {layer_idx}, but this model has layers 0 to {n_layers - 1}"
+                )
         self._pruner = pruner
+        self._taps = tuple(taps)
         self._stage_layers = [stage.layer for stage in stages]
         self._scored = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
+        self._watched = self._scored.union(*(tap.layers for tap in taps))
         self.trace = Trace(target.core.config, pruner, n_layers)
         self._calls = _PerThread()  # of _Call
         self._prefills = _PerThread()  # of Prefill
@@ -123,13 +135,16 @@ class Session:
             keep(model.register_forward_hook(self._leave_model, always_call=True))
         keep(target.text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         keep(target.text.register_forward_hook(self._leave_text, always_call=True))
-        if not self._stage_layers:
-            return
-        first = min([*self._stage_layers, *self._scored])
+        first = min([*self._stage_layers, *self._scored, len(target.layers)])
         for layer_idx in range(first, len(target.layers)):
             hook = self._before_layer(layer_idx)
             keep(target.layers[layer_idx].register_forward_pre_hook(hook, with_kwargs=True))
-        keep(target.layers[-1].register_forward_hook(self._after_last_layer))
+        for tap in self._taps:
+            for layer_idx in tap.layers:
+                hook = self._before_tapped_layer(layer_idx, tap)
+                keep(target.layers[layer_idx].register_forward_pre_hook(hook, with_kwargs=True))
+        if self._stage_layers:
+            keep(target.layers[-1].register_forward_hook(self._after_last_layer))
 
     # the models around the text decoder: the only ones that see token ids
 
@@ -176,6 +191,8 @@ class Session:
         prefill = Prefill.open(self._pruner, len(self._target.layers), layout, prompt, past)
         if past and not any(prefill.selection.image_tokens):
             return None  # more text, in chat or to be verified: part of decoding
+        if past and self._taps:
+            raise ValueError("vlmflow: taps follow one prompt and its answer; read further images with an empty cache")
         if prefill.stages:
             self._refuse_checkpointing()
         self._prefills.put(prefill)
@@ -202,11 +219,10 @@ class Session:
 
     def _leave_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         prefill = self._prefills.take()
-        if prefill is None:
-            return
-        for layer_idx in self._scored:
-            unwatch(self._target.layers[layer_idx].self_attn)  # an exception came between watching and the call
-        if output is not None:
+        if output is None:  # an exception, perhaps between watching a layer and its call
+            for layer_idx in self._watched:
+                unwatch(self._target.layers[layer_idx].self_attn)
+        elif prefill is not None:
             prefill.close()
             self.trace.take(prefill)
 
@@ -222,6 +238,19 @@ class Session:
             if is_pruned:
                 return self._decode_layer(layer_idx, args, kwargs)
             return None
+
+        return hook
+
+    def _before_tapped_layer(self, layer_idx: int, tap: Tap) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            prefill, layer = self._prefills.mine(), layer_of(kwargs.get("past_key_values"), layer_idx)
+            batch, n_query = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+            if prefill is not None:
+                layout, positions = prefill.layout, prefill_positions(prefill, layer)
+            else:
+                assert layer is not None, "without a cache, every pass is a prefill"
+                layout, positions = self.trace.layout, decode_positions(layer, batch, n_query)
+            watch(module.self_attn, tapped(tap, layer_idx, layout, positions, n_query))
 
         return hook
 
@@ -312,13 +341,8 @@ class Session:
     ) -> None:
         """Run a layer ahead as far as its q and k, on a copy of its cache."""
         shadow = _shadow(prefill.cache, layer_idx) if prefill.past else None
-        look = prefill.watcher(prefill.stages[layer_idx][0], layer_of(shadow, layer_idx))
-
-        def stop(seen: Seen) -> None:
-            look(seen)
-            raise _Peeked
-
-        watch(module.self_attn, stop)
+        watch(module.self_attn, _stop)
+        watch(module.self_attn, prefill.watcher(prefill.stages[layer_idx][0], layer_of(shadow, layer_idx)))
         try:
             with torch.no_grad():
                 module.forward(hidden, *rest, **{**kwargs, "past_key_values": shadow})

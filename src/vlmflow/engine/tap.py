@@ -1,0 +1,78 @@
+"""Taps: code that takes part in chosen layers' attention, in prefill and through generation, pruned or not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import CacheLayerMixin
+
+from vlmflow.engine.cache import UNUSED, physical_length, slots_of
+from vlmflow.engine.prefill import Prefill
+from vlmflow.engine.probe import KernelCall, Watcher
+from vlmflow.layout import Layout
+
+
+@dataclass(frozen=True)
+class TappedCall:
+    """One layer's attention, as a tap gets it.
+
+    Positions count in the whole text, whatever was pruned; slots that hold nothing have ``UNUSED``. ``layout`` is that
+    of the prompt, so positions beyond its length are generated tokens.
+    """
+
+    layer: int
+    kernel: KernelCall
+    query_position: Int[Tensor, "batch query"]
+    key_position: Int[Tensor, "batch key"]
+    layout: Layout
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """Something that takes part in the attention of its layers; it returns ``call.kernel.run()``, or something else."""
+
+    @property
+    def layers(self) -> Collection[int]:
+        """The layers that it wants to see."""
+        ...
+
+    def __call__(self, call: TappedCall) -> tuple[Tensor, Any]:
+        """Take the place of the layer's kernel."""
+        ...
+
+
+def tapped(tap: Tap, layer_idx: int, layout: Layout, positions: Int[Tensor, "batch position"], n_query: int) -> Watcher:
+    """What watches a layer's kernel for a tap, where ``positions`` are all that the layer's keys stand for."""
+
+    def watcher(call: KernelCall) -> tuple[Tensor, Any]:
+        n_key, known = call.key.shape[2], positions
+        if known.shape[1] < n_key:  # a static cache hands over its empty slots as well
+            known = pad(known, (0, n_key - known.shape[1]), value=UNUSED)
+        elif known.shape[1] > n_key:  # a sliding window has let go of the oldest
+            known = known[:, known.shape[1] - n_key :]
+        query = positions[:, positions.shape[1] - n_query :]
+        return tap(TappedCall(layer_idx, call, query, known, layout))
+
+    return watcher
+
+
+def prefill_positions(prefill: Prefill, layer: CacheLayerMixin | None) -> Int[Tensor, "batch position"]:
+    """The positions that a layer's keys will stand for in this prefill."""
+    if prefill.is_pruned:
+        return prefill.slots(layer).position
+    batch, length = prefill.layout.image.shape
+    return torch.arange(prefill.past + length, device=prefill.layout.image.device).expand(batch, -1)
+
+
+def decode_positions(layer: CacheLayerMixin, batch: int, n_query: int) -> Int[Tensor, "batch position"]:
+    """The positions that a layer's keys will stand for after ``n_query`` more tokens."""
+    slots, past = slots_of(layer), physical_length(layer)
+    if slots is not None:
+        return slots.followed_by(past - slots.length, n_query)[0]
+    return torch.arange(past + n_query).expand(batch, -1)
