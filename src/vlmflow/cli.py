@@ -224,7 +224,7 @@ def demo(
     for sample, question in track(asked, "Asking", console=notes, transient=True):
         for name, method in methods.items():
             one = ask(vlm, Question(question.text, (open_image(sample.image),)), method, max_new_tokens=32)
-            right[name] += one.answer.text in question.references
+            right[name] += one.answer.text in question.answers
             if (sample, question) == asked[0]:
                 shown[name] = one
     sample, question = asked[0]
@@ -233,7 +233,7 @@ def demo(
     table = cost_table("answer", f"right of {len(asked)}")
     table.add_column("prefill time")
     for (name, one), taken in zip(shown.items(), seconds, strict=True):
-        mark = "✓" if one.answer.text in question.references else "✗"
+        mark = "✓" if one.answer.text in question.answers else "✗"
         ratio = f"{taken / seconds[0]:.0%}"
         table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
     out.print(f"The answers are to “{question.text}” about {sample.image.name}; shares are of the unpruned run.")

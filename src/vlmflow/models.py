@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from vlmflow.pico import MODEL_DIR
@@ -64,8 +65,8 @@ class VLM:
     """A model with its processor."""
 
     name: str
-    model: PreTrainedModel
-    processor: ProcessorMixin
+    model: Any  # a transformers model and its processor: what they take differs from family to family
+    processor: Any
 
     @property
     def n_layers(self) -> int:
@@ -74,7 +75,7 @@ class VLM:
 
     def encode(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         """A left-padded batch of prompts, images before text, on the model's device."""
-        processor: Any = self.processor
+        processor = self.processor
         batch = processor(
             text=[self._prompt(question) for question in questions],
             images=[list(question.images) for question in questions] if any(q.images for q in questions) else None,
@@ -85,7 +86,7 @@ class VLM:
         return dict(batch.to(self.model.device, self.model.dtype))
 
     def _prompt(self, question: Question) -> str:
-        processor: Any = self.processor
+        processor = self.processor
         if not processor.chat_template:  # a model that was never taught to chat, such as PaliGemma
             return processor.image_token * len(question.images) + question.text
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
@@ -93,8 +94,8 @@ class VLM:
 
     def generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[Answer]:
         """Greedy answers to encoded questions."""
-        processor: Any = self.processor
-        out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        processor, model = self.processor, self.model
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(new, skip_special_tokens=True)
         ends = torch.tensor(self._end_ids, device=new.device)
@@ -132,7 +133,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
     where = device or (accelerator.type if (accelerator := torch.accelerator.current_accelerator()) else "cpu")
     try:
-        model = model.to(where).eval()
+        nn.Module.to(model, where).eval()
     except RuntimeError as error:
         raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
     return VLM(name, model, processor)

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from vlmflow.attention import causal_mask, select_mask
 
+CacheLayer = Any  # transformers' classes of cache layers have no common type that names what they share
 UNUSED = 2**62  # logical position of a slot that only pads: beyond every mask
 
 
@@ -33,7 +34,7 @@ class Slots:
     valid: Bool[Tensor, "batch slot"]
     all_valid: bool
     logical_length: int  # positions that the unpruned cache would hold
-    _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     _padded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -84,7 +85,7 @@ class Slots:
         ahead = ahead.expand(position.shape[0], -1)
         return torch.cat([position, ahead], 1), torch.cat([valid, torch.ones_like(ahead, dtype=torch.bool)], 1)
 
-    def decode_mask(self, layer: CacheLayerMixin, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
+    def decode_mask(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
         """Narrow the mask that the model built for the whole text to the slots of ``layer``.
 
         Computed once a step for all layers that share these slots and the mask.
@@ -93,17 +94,18 @@ class Slots:
             return None
         if torch.compiler.is_compiling() or mask is None:
             return self._decode_mask(layer, mask, n_query, is_flash)
-        known = self._masks.get(id(mask))
-        if known is None or known[0] is not mask:
+        known, narrow = self._masks.get(id(mask), (None, None))
+        if known is not mask:
             if len(self._masks) > 4:  # one kind of mask a layer type; older ones belong to earlier steps
                 self._masks.clear()
-            known = self._masks[id(mask)] = (mask, self._decode_mask(layer, mask, n_query, is_flash))
-        return known[1]
+            narrow = self._decode_mask(layer, mask, n_query, is_flash)
+            self._masks[id(mask)] = (mask, narrow)
+        return narrow
 
-    def _decode_mask(self, layer: CacheLayerMixin, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
-        if is_static(layer):
+    def _decode_mask(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
+        if (n_slots := capacity(layer)) is not None:
             assert mask is not None, "a static cache always comes with a mask"
-            return select_mask(mask, None, *self.padded(layer.max_cache_len))
+            return select_mask(mask, None, *self.padded(n_slots))
         position, valid = self.followed_by(physical_length(layer) - self.length, n_query)
         end = self.logical_length + physical_length(layer) - self.length + n_query
         if layer.is_sliding:
@@ -118,37 +120,37 @@ class Slots:
         return causal_mask(n_query, valid)
 
 
-def layer_of(past_key_values: Cache | None, layer_idx: int) -> CacheLayerMixin | None:
+def layer_of(past_key_values: Cache | None, layer_idx: int) -> CacheLayer | None:
     """The cache's layer, or None where there is no cache or it has not grown that far."""
     if past_key_values is None or layer_idx >= len(past_key_values.layers):
         return None
     return past_key_values.layers[layer_idx]
 
 
-def slots_of(layer: CacheLayerMixin | None) -> Slots | None:
+def slots_of(layer: CacheLayer | None) -> Slots | None:
     """The slots of a pruned layer, None of any other."""
     return None if layer is None else vars(layer).get("vlmflow_slots")
 
 
-def hold(layer: CacheLayerMixin, slots: Slots) -> None:
+def hold(layer: CacheLayer, slots: Slots) -> None:
     """Turn a layer that a pruned prefill has filled into one that knows its slots."""
     if slots_of(layer) is None:
         layer.__class__ = _pruned_class(type(layer))
     layer.vlmflow_slots = slots
 
 
-def physical_length(layer: CacheLayerMixin) -> int:
+def physical_length(layer: CacheLayer) -> int:
     """Tokens that a layer was given (a sliding layer may have let go of the oldest)."""
     return int(layer.get_seq_length()) if slots_of(layer) is None else layer.physical_length()
 
 
-def is_static(layer: CacheLayerMixin | None) -> bool:
-    """Whether the layer has its full capacity from the start."""
-    return layer is not None and hasattr(layer, "max_cache_len")
+def capacity(layer: CacheLayer | None) -> int | None:
+    """Slots that a static layer has from the start, None of a layer that grows."""
+    return layer.max_cache_len if layer is not None and hasattr(layer, "max_cache_len") else None
 
 
 @cache
-def _pruned_class(cls: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+def _pruned_class(cls: Any) -> Any:
     """A subclass that reports logical lengths outward, so that masks and positions are made for the whole text.
 
     Made for each layer class by single inheritance: only then may an instance change its class.

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
-from vlmflow.engine.cache import UNUSED, Slots, hold, is_static, layer_of, physical_length, slots_of
+from vlmflow.engine.cache import UNUSED, CacheLayer, Slots, capacity, hold, layer_of, physical_length, slots_of
 from vlmflow.engine.probe import KernelCall, Watcher
 from vlmflow.layout import Layout
 from vlmflow.pruners import Pruner, Stage, View
@@ -115,9 +115,9 @@ class Prefill:
         """Whether some stage has been applied."""
         return len(self.history) > 1
 
-    def watcher(self, stage: Stage, layer: CacheLayerMixin | None) -> Watcher:
+    def watcher(self, stage: Stage, layer: CacheLayer | None) -> Watcher:
         """What looks at the scored layer's q and k for ``stage``; ``layer`` is that layer's cache."""
-        filled = physical_length(layer) if is_static(layer) else None
+        filled = None if capacity(layer) is None else physical_length(layer)
 
         def look(call: KernelCall) -> tuple[Tensor, Any]:
             now = self.selection
@@ -189,22 +189,22 @@ class Prefill:
         """Per-position ids (..., batch or 1, prompt length), for the positions that are left."""
         return self._remember("ids", ids, lambda: take_sequence(ids[..., None], self.selection.index)[..., 0])
 
-    def mask(self, mask: Tensor | None, layer: CacheLayerMixin | None, is_flash: bool) -> Tensor | None:
+    def mask(self, mask: Tensor | None, layer: CacheLayer | None, is_flash: bool) -> Tensor | None:
         """The mask that the model built for the whole prompt, narrowed to the rows and keys of a pruned layer."""
         return self._remember("mask", mask, lambda: self._mask(mask, layer, is_flash))
 
-    def _mask(self, mask: Tensor | None, layer: CacheLayerMixin | None, is_flash: bool) -> Tensor | None:
-        slots, n_query = self.slots(layer), self.selection.index.shape[1]
+    def _mask(self, mask: Tensor | None, layer: CacheLayer | None, is_flash: bool) -> Tensor | None:
+        slots, n_query, n_slots = self.slots(layer), self.selection.index.shape[1], capacity(layer)
         if mask is None or mask.dim() == 2:
             if slots.all_valid:
                 return None
             if mask is not None or is_flash:
                 return slots.valid
             built = causal_mask(n_query, slots.valid)
-            return pad(built, (0, layer.max_cache_len - slots.length)) if is_static(layer) else built
+            return built if n_slots is None else pad(built, (0, n_slots - slots.length))
         position, valid = slots.position, slots.valid
-        if is_static(layer):
-            position, valid = slots.padded(layer.max_cache_len)
+        if n_slots is not None:
+            position, valid = slots.padded(n_slots)
         elif layer is not None and layer.is_sliding:
             stored = min(slots.length - n_query, layer.sliding_window - 1) + n_query
             position, valid = (
@@ -213,12 +213,12 @@ class Prefill:
             )
         return select_mask(mask, self.selection.index, position, valid)
 
-    def slots(self, layer: CacheLayerMixin | None) -> Slots:
+    def slots(self, layer: CacheLayer | None) -> Slots:
         """What a layer's cache will hold after this pass."""
         before = slots_of(layer)
         return self._remember("slots", before, lambda: self._slots(before, layer))
 
-    def _slots(self, before: Slots | None, layer: CacheLayerMixin | None) -> Slots:
+    def _slots(self, before: Slots | None, layer: CacheLayer | None) -> Slots:
         now = self.selection
         position, valid, all_valid = (
             torch.where(now.valid, self.past + now.index, UNUSED),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -58,7 +58,7 @@ class _WatchedConfig:
 _lock = threading.Lock()
 
 
-def watch(attention: nn.Module, watcher: Watcher) -> None:
+def watch(attention: Any, watcher: Watcher) -> None:
     """Hand the next call of an attention module, made by this thread, to ``watcher``, before any that watch already."""
     with _lock:
         if not isinstance(attention.config, _WatchedConfig):
@@ -66,7 +66,7 @@ def watch(attention: nn.Module, watcher: Watcher) -> None:
         attention.config.watchers.setdefault(threading.get_ident(), []).insert(0, watcher)
 
 
-def unwatch(attention: nn.Module) -> list[Watcher]:
+def unwatch(attention: Any) -> list[Watcher]:
     """Take this thread's watchers back, and the stand-in with the last one; none are left once the call was made."""
     with _lock:
         config = attention.config
@@ -79,7 +79,7 @@ def unwatch(attention: nn.Module) -> list[Watcher]:
 
 
 def _probe(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     watchers = unwatch(module)
     implementation = module.config._attn_implementation

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmflow.engine.cache import is_static, layer_of, slots_of
+from vlmflow.engine.cache import capacity, layer_of, slots_of
 from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import KernelCall, unwatch, watch
 from vlmflow.engine.tap import Tap, decode_positions, prefill_positions, tapped
@@ -148,7 +148,7 @@ class Session:
 
     # the models around the text decoder: the only ones that see token ids
 
-    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, embeds = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embeds
         if given is None or given.shape[1] == 1 or self._calls.mine() is not None:
@@ -156,7 +156,7 @@ class Session:
         if ids is not None:
             image = Layout.read(ids, self._target.image_token_ids).image
         else:
-            image = self._embedded_images(embeds)
+            image = self._embedded_images(given)
         self._calls.put(_Call(image, _follows_prompt(image, kwargs), kwargs.get("attention_mask")))
 
     def _embedded_images(self, embeds: Tensor) -> Bool[Tensor, "batch length"]:
@@ -166,12 +166,12 @@ class Session:
             image |= (embeds == table(torch.tensor(token_id, device=embeds.device))).all(-1)
         return image
 
-    def _leave_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_model(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         self._calls.take()
 
     # the text decoder
 
-    def _enter_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._calls.take()
         embeds = kwargs.get("inputs_embeds")
         if call is None or embeds is None:
@@ -217,11 +217,11 @@ class Session:
         prefill.deepstack = {layer_idx + 1: features[layer_idx] for layer_idx in range(first, len(features))}
         return args, {**kwargs, "deepstack_visual_embeds": features[:first]}
 
-    def _leave_text(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave_text(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         prefill = self._prefills.take()
         if output is None:  # an exception, perhaps between watching a layer and its call
             for layer_idx in self._watched:
-                unwatch(self._target.layers[layer_idx].self_attn)
+                unwatch(self._target.attention(layer_idx))
         elif prefill is not None:
             prefill.close()
             self.trace.take(prefill)
@@ -231,7 +231,7 @@ class Session:
     def _before_layer(self, layer_idx: int) -> Callable[..., Any]:
         is_pruned = layer_idx >= self._stage_layers[0]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             prefill = self._prefills.mine()
             if prefill is not None and prefill.stages:
                 return self._prefill_layer(prefill, layer_idx, module, args, kwargs)
@@ -242,7 +242,7 @@ class Session:
         return hook
 
     def _before_tapped_layer(self, layer_idx: int, tap: Tap) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             prefill, layer = self._prefills.mine(), layer_of(kwargs.get("past_key_values"), layer_idx)
             batch, n_query = (args[0] if args else kwargs["hidden_states"]).shape[:2]
             if prefill is not None:
@@ -257,13 +257,13 @@ class Session:
     def _decode_layer(self, layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = layer_of(kwargs.get("past_key_values"), layer_idx)
         slots = slots_of(layer)
-        if slots is None:
+        if layer is None or slots is None:
             return None
         mask = kwargs.get("attention_mask")
         n_query = (args[0] if args else kwargs["hidden_states"]).shape[1]
         narrow = slots.decode_mask(layer, mask, n_query, self._target.is_flash)
         position = kwargs.get("cache_position")  # until transformers 5.4, where a static cache writes
-        if narrow is mask and (position is None or not is_static(layer)):
+        if narrow is mask and (position is None or capacity(layer) is None):
             return None
         changed = {**kwargs, "attention_mask": narrow}
         if position is not None:
@@ -274,7 +274,7 @@ class Session:
         self,
         prefill: Prefill,
         layer_idx: int,
-        module: nn.Module,
+        module: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -334,7 +334,7 @@ class Session:
         self,
         prefill: Prefill,
         layer_idx: int,
-        module: nn.Module,
+        module: Any,
         hidden: Tensor,
         rest: list[Any],
         kwargs: dict[str, Any],
@@ -351,7 +351,7 @@ class Session:
         finally:
             unwatch(module.self_attn)
 
-    def _after_last_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after_last_layer(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         prefill = self._prefills.mine()
         if prefill is None or not prefill.is_pruned:
             return None

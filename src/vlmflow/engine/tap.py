@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import CacheLayerMixin
 
-from vlmflow.engine.cache import UNUSED, physical_length, slots_of
+from vlmflow.engine.cache import UNUSED, CacheLayer, physical_length, slots_of
 from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import KernelCall, Watcher
 from vlmflow.layout import Layout
@@ -62,7 +61,7 @@ def tapped(tap: Tap, layer_idx: int, layout: Layout, positions: Int[Tensor, "bat
     return watcher
 
 
-def prefill_positions(prefill: Prefill, layer: CacheLayerMixin | None) -> Int[Tensor, "batch position"]:
+def prefill_positions(prefill: Prefill, layer: CacheLayer | None) -> Int[Tensor, "batch position"]:
     """The positions that a layer's keys will stand for in this prefill."""
     if prefill.is_pruned:
         return prefill.slots(layer).position
@@ -70,7 +69,7 @@ def prefill_positions(prefill: Prefill, layer: CacheLayerMixin | None) -> Int[Te
     return torch.arange(prefill.past + length, device=prefill.layout.image.device).expand(batch, -1)
 
 
-def decode_positions(layer: CacheLayerMixin, batch: int, n_query: int) -> Int[Tensor, "batch position"]:
+def decode_positions(layer: CacheLayer, batch: int, n_query: int) -> Int[Tensor, "batch position"]:
     """The positions that a layer's keys will stand for after ``n_query`` more tokens."""
     slots, past = slots_of(layer), physical_length(layer)
     if slots is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,6 +27,10 @@ class Target:
         layers = self.text.layers
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    def attention(self, layer_idx: int) -> Any:
+        """The attention module of a layer."""
+        return self.layers[layer_idx].self_attn
 
     @property
     def is_flash(self) -> bool:
@@ -64,12 +69,12 @@ def _image_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(sorted({fields[name] for name in _ID_NAMES if isinstance(fields.get(name), int)}))
 
 
-def _is_decoder(module: nn.Module, config: PreTrainedConfig) -> bool:
+def _is_decoder(module: Any, config: PreTrainedConfig) -> bool:
     return (
         isinstance(module, PreTrainedModel)
         and hasattr(module, "embed_tokens")
-        and isinstance(module._modules.get("layers"), nn.ModuleList)
-        and len(module.layers) == config.get_text_config(decoder=True).num_hidden_layers
+        and isinstance(layers := module._modules.get("layers"), nn.ModuleList)
+        and len(layers) == config.get_text_config(decoder=True).num_hidden_layers
     )
 
 
@@ -91,7 +96,7 @@ def _refuse_state(model: nn.Module, core: PreTrainedModel) -> None:
         )
 
 
-def _refuse_architecture(name: str, text: PreTrainedModel) -> None:
+def _refuse_architecture(name: str, text: Any) -> None:
     if not all(hasattr(layer, "self_attn") for layer in text.layers):
         raise TypeError(
             f"vlmflow: {name} is not supported: some of its layers have no self-attention to rank or mask by "
