@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from vlmflow.pico.easy import easy_pictures
 from vlmflow.pico.questions import KINDS, LONG, SHORT, Question
 from vlmflow.pico.scenes import PATCH, Scene, Split, make_scene, patch_labels
-from vlmflow.pico.text import BOS, SYSTEM
+from vlmflow.pico.text import BOS, EOS, PAD, SYSTEM
 
 IGNORE = -100
 OPENING = f"{BOS}{SYSTEM} USER: "  # what the chat template puts before the picture
@@ -85,7 +85,7 @@ def easy_example(seed: int, canvas: int, questions: tuple[int, int]) -> Example:
 def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int]]:
     """Token ids after the picture, without the last, and what to predict at each: IGNORE, then the answer."""
     asked = tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False)
-    answer = [*tokenizer.encode(f" {question.answer}", add_special_tokens=False), tokenizer.eos_token_id]
+    answer = tokenizer.encode(f" {question.answer}{EOS}", add_special_tokens=False)
     return asked + answer[:-1], [IGNORE] * (len(asked) - 1) + answer
 
 
@@ -97,7 +97,7 @@ def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]]) -> G
         return torch.tensor([[x[part] + [filler] * (length - len(x[part])) for x in row] for row in encoded])
 
     kinds = tuple(tuple(question.kind for question in questions) for questions in asked)
-    return Group(padded(0, tokenizer.pad_token_id), padded(1, IGNORE), kinds)
+    return Group(padded(0, tokenizer.get_vocab()[PAD]), padded(1, IGNORE), kinds)
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:

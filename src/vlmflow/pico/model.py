@@ -15,17 +15,19 @@ from transformers import (
 )
 
 from vlmflow.pico.scenes import PATCH
-from vlmflow.pico.text import CHAT_TEMPLATE, IMAGE, build_tokenizer
+from vlmflow.pico.text import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, build_tokenizer
 
 CANVAS = 192  # pixels of the shipped model's pictures: 24 x 24 patches, 576 image tokens
 LAYERS = 10
 WIDTH = 192
 HEADS = 6
+MATCHING_LAYERS = 5  # decoder layers born with keys equal to queries, so that like attends to like
 
 
 def build_model(canvas: int, seed: int) -> LlavaForConditionalGeneration:
     """A model with random weights for pictures of `canvas` pixels, in float32."""
     tokenizer = build_tokenizer()
+    pad, bos, eos, image = (tokenizer.get_vocab()[token] for token in (PAD, BOS, EOS, IMAGE))
     vision = CLIPVisionConfig(
         hidden_size=160,
         intermediate_size=480,
@@ -45,14 +47,14 @@ def build_model(canvas: int, seed: int) -> LlavaForConditionalGeneration:
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        bos_token_id=bos,
+        eos_token_id=eos,
     )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=image,
         image_seq_length=(canvas // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -60,7 +62,10 @@ def build_model(canvas: int, seed: int) -> LlavaForConditionalGeneration:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(config).float()
+        model = LlavaForConditionalGeneration(config).float()
+    for layer in model.model.language_model.layers[:MATCHING_LAYERS]:
+        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+    return model
 
 
 def build_processor(canvas: int = CANVAS) -> LlavaProcessor:
@@ -92,9 +97,9 @@ def resize_positions(weights: dict[str, torch.Tensor], canvas: int) -> dict[str,
 
 
 def save_folder(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write a plain Hugging Face folder: half precision on disk, float32 by default once loaded."""
+    """Write a model of 192-pixel pictures as a plain folder: half precision on disk, float32 once loaded."""
     folder.mkdir(parents=True, exist_ok=True)
-    build_processor(model.config.vision_config.image_size).save_pretrained(folder)
+    build_processor().save_pretrained(folder)
     half = LlavaForConditionalGeneration(model.config).half()
     half.load_state_dict(model.state_dict())
     half.generation_config.max_new_tokens = 32

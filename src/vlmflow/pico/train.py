@@ -5,11 +5,12 @@ loses nothing, a crash at most five minutes: the next start goes on from the las
 of a step side by side, each with one core; on a shared machine that wastes far less than two threads in each product.
 """
 
+import functools
 import json
 import signal
 import threading
 import time
-from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,15 @@ AVERAGE = 0.99  # what the running average of the weights keeps at a step
 CHECKPOINT_SECONDS = 300
 
 
+Report = dict[str, float]
+"""Sums over batches: losses and how many there were, and of each kind how many were right and how many asked."""
+
+
+def added(one: Report, other: Report) -> Report:
+    """The sums of both."""
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What turns a batch into a loss."""
@@ -61,22 +71,22 @@ class Lesson:
         use_blocks(model)
         return cls(model, tokenizer, PatchWords.of(tokenizer), opening_ids(tokenizer))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Counter[str]]:
-        """The loss of a batch, and sums to report: "loss", and of each kind how many were right and asked."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Report]:
+        """The loss of a batch, and what to report of it."""
         features = see(self.model, batch.pixels)
-        report: Counter[str] = Counter()
+        report: Report = {}
         loss = features.new_zeros(())
         if batch.patches.known.any():
-            embeddings = self.model.get_input_embeddings().weight
-            loss, right = naming_loss(features, embeddings, self.words, batch.patches)
-            report.update({"naming": loss.item(), "namings": 1} | right)
+            embeddings = self.model.model.language_model.embed_tokens
+            loss, right = naming_loss(features, embeddings.weight, self.words, batch.patches)
+            report |= {"naming": loss.item(), "namings": 1} | right
         if batch.groups:
             scores, labels = read(self.model, features, batch, self.opening), answer_labels(batch)
             answers = F.cross_entropy(scores, labels[labels != IGNORE])
             loss = answers + NAMING_WEIGHT * loss
-            report.update({"loss": answers.item(), "losses": 1})
+            report |= {"loss": answers.item(), "losses": 1}
             for kind, (right, asked) in right_by_kind(scores, batch).items():
-                report.update({f"{kind}/right": right, f"{kind}/asked": asked})
+                report |= {f"{kind}/right": right, f"{kind}/asked": asked}
         return loss, report
 
 
@@ -166,7 +176,7 @@ class Run:
         torch.save(asdict(progress), draft)
         draft.replace(self.checkpoint)
 
-    def log(self, row: dict[str, object]) -> None:
+    def log(self, row: Mapping[str, object]) -> None:
         """Print one line and keep it."""
         line = json.dumps(row)
         print(line, flush=True)
@@ -183,7 +193,7 @@ class Run:
 
     def run_stage(self, done: Progress) -> Progress:
         """Train one stage from where it stands."""
-        stage, report = self.stages[done.stage], Counter[str]()
+        stage, report = self.stages[done.stage], Report()
         lesson = Lesson.start(stage, done.weights)
         optimizers = make_optimizers(lesson.model, stage)
         for optimizer, state in zip(optimizers, done.optimizers, strict=False):
@@ -197,7 +207,7 @@ class Run:
 
         began = saved = time.monotonic()
         for step in range(done.step, stage.steps):
-            report += self.gradients(lesson, stage, step, weights)
+            report = added(report, self.gradients(lesson, stage, step, weights))
             nn.utils.clip_grad_norm_(weights, 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -207,7 +217,7 @@ class Run:
             if (step + 1) % LOG_EVERY == 0:
                 now = time.monotonic()
                 self.log({"stage": stage.name, "step": step + 1, "seconds": round(now - began, 1)} | means(report))
-                report, began = Counter(), now
+                report, began = {}, now
             if (step + 1) % EXAM_EVERY == 0 or step + 1 == stage.steps:
                 for split in ("held_out", "new_pairs"):
                     found = self.exam(stage, average, split)
@@ -219,43 +229,43 @@ class Run:
                 return reached(step + 1)
         return Progress(done.stage + 1, 0, lesson.model.state_dict(), average)
 
-    def exam(self, stage: Stage, weights: dict[str, Tensor], split: Split) -> Counter[str]:
+    def exam(self, stage: Stage, weights: dict[str, Tensor], split: Split) -> Report:
         """How the averaged weights do on scenes that training never shows: summed reports as in training."""
         lesson, questions = Lesson.start(stage, weights), EXAM_QUESTIONS if stage.questions[0] else (0, 0)
 
-        def part(first: int) -> Counter[str]:
+        def part(first: int) -> Report:
             seeds = range(first, first + stage.part)
             scenes = [scene_example(split, seed, stage.canvas, stage.counts, questions) for seed in seeds]
             with torch.no_grad():
                 return lesson.loss(collate(lesson.tokenizer, scenes))[1]
 
-        return sum(self.pool.map(part, range(0, EXAM_SCENES, stage.part)), Counter[str]())
+        return functools.reduce(added, self.pool.map(part, range(0, EXAM_SCENES, stage.part)))
 
-    def gradients(self, lesson: Lesson, stage: Stage, step: int, weights: list[Tensor]) -> Counter[str]:
+    def gradients(self, lesson: Lesson, stage: Stage, step: int, weights: list[Tensor]) -> Report:
         """Set the gradient of every weight to the mean over the parts of a step; return the summed reports."""
 
-        def part(number: int) -> tuple[tuple[Tensor | None, ...], Counter[str]]:
+        def part(number: int) -> tuple[tuple[Tensor | None, ...], Report]:
             loss, report = lesson.loss(part_batch(lesson.tokenizer, stage, step, number))
             return torch.autograd.grad(loss, weights, allow_unused=True), report
 
         parts = stage.scenes // stage.part
-        total: Counter[str] = Counter()
+        total: Report = {}
         for weight in weights:
             weight.grad = None
         for grads, report in self.pool.map(part, range(parts)):
-            total.update(report)
+            total = added(total, report)
             for weight, grad in zip(weights, grads, strict=True):
                 if grad is not None:
                     weight.grad = grad / parts if weight.grad is None else weight.grad.add_(grad, alpha=1 / parts)
         return total
 
 
-def means(report: Counter[str]) -> dict[str, float]:
+def means(report: Report) -> Report:
     """Means of summed reports: losses, patch accuracies, and the accuracy of each kind."""
-    row = {
-        name: report[name] / report["namings"] for name in ("naming", "object", "color", "centre") if report["namings"]
-    }
-    if report["losses"]:
+    row: Report = {}
+    if "namings" in report:
+        row |= {name: report[name] / report["namings"] for name in ("naming", "object", "color", "centre")}
+    if "losses" in report:
         row["loss"] = report["loss"] / report["losses"]
     for name in sorted(report):
         if name.endswith("/asked"):

@@ -1,0 +1,175 @@
+"""Make the shipped folders from a training run: `python -m vlmflow.pico.export`.
+
+The model folder gets the averaged weights for 192-pixel pictures, a model card and the training curves; the samples
+folder gets held-out scenes with their questions.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import random
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from matplotlib.figure import Figure
+
+from vlmflow.pico import MODEL_DIR, SAMPLES_DIR, checksum
+from vlmflow.pico.curriculum import STAGES, Stage
+from vlmflow.pico.model import CANVAS, build_model, resize_positions, save_folder
+from vlmflow.pico.questions import KINDS
+from vlmflow.pico.scenes import make_scene
+from vlmflow.pico.train import SEED, Progress
+
+SAMPLES = 24
+SAMPLE_SEED = 2_000_000
+COUNTS = (2, 12)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The rows of a run's log; where a crash made it repeat steps, the later rows count."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return list({(row["stage"], row["step"], row.get("exam")): row for row in rows}.values())
+
+
+def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None:
+    """Loss and accuracy by kind over the steps of all stages."""
+    start, total = {}, 0
+    for stage in stages:
+        start[stage.name], total = total, total + stage.steps
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    losses, accuracies = figure.subplots(2, sharex=True)
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        x = start[row["stage"]] + row["step"]
+        for name, value in row.items():
+            if name in ("loss", "naming"):
+                lines["loss", name if "exam" not in row else ""].append((x, value))
+            elif name in (*KINDS, "object", "color") and row.get("exam") == "held_out":
+                lines["accuracy", name].append((x, value))
+    for (axis, name), points in sorted(lines.items()):
+        if name:
+            (losses if axis == "loss" else accuracies).plot(*zip(*points, strict=True), label=name)
+    for axis, title in ((losses, "training loss"), (accuracies, "accuracy on held-out scenes")):
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        for name, x in start.items():
+            axis.axvline(x, color="grey", linewidth=0.5)
+            axis.annotate(name, (x, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+    accuracies.set_xlabel("step")
+    figure.savefig(path, dpi=110)
+
+
+def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, digest: str) -> str:
+    """What the model is, how these weights were made, and how far they came."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+    hours = sum(row.get("seconds", 0) for row in rows) / 3600
+    done = [
+        f"| {s.name} | {s.canvas} | {s.counts[0]}-{s.counts[1]} | {s.scenes} x {sum(s.questions)} | "
+        f"{s.steps if i < progress.stage else progress.step if i == progress.stage else 0} of {s.steps} |"
+        for i, s in enumerate(stages)
+    ]
+    exams = {row["exam"]: row for row in rows if "exam" in row}
+    last = [
+        f"| {kind} | " + " | ".join(f"{exam.get(kind, math.nan):.3f}" for exam in exams.values()) + " |"
+        for kind in KINDS
+    ]
+    finished = progress.stage == len(stages)
+    return "\n".join(
+        [
+            "---",
+            "license: apache-2.0",
+            "library_name: transformers",
+            "pipeline_tag: image-text-to-text",
+            "---",
+            "# pico",
+            "",
+            "A LLaVA of five million weights (CLIP tower, projector, ten Llama layers; 576 image tokens) that answers",
+            "questions about scenes of coloured pictographs. It is for measuring what pruning of image tokens does,",
+            "offline and on two cores. Any text can be typed, but it only knows its own world: 36 objects, 8 colours,",
+            "and the questions in `vlmflow/pico/questions.py`; and the pictures and questions of easy-vqa.",
+            "",
+            "The file holds half precision; it loads as float32, which CPUs without half-precision units need.",
+            "",
+            "## Training",
+            "",
+            f"`python -m vlmflow.pico.train`, seed {SEED}, on scenes made from seeds; one (object, colour) pair in",
+            "twelve never occurs. "
+            + ("All stages are complete." if finished else "**Training is not complete: see the steps.**"),
+            f"{hours:.1f} hours on two shared cores ({platform.machine()}); "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + ". The weights are a running average of the last steps.",
+            "",
+            "| stage | pixels | objects | scenes x questions a step | steps |",
+            "|---|---|---|---|---|",
+            *done,
+            "",
+            "Each stage in full: `" + json.dumps([asdict(stage) for stage in stages]) + "`",
+            "",
+            "![curves](curves.png)",
+            "",
+            "## Last exam of the training, exact answers"
+            + (f" ({rows[-1]['stage']}, step {rows[-1]['step']})" if rows else ""),
+            "",
+            "| kind | " + " | ".join(exams) + " |",
+            "|---|" + "---|" * len(exams),
+            *last,
+            "",
+            "`results.json`, where present, holds the full evaluation (`python -m vlmflow.pico.evaluate`).",
+            "",
+            f"SHA-256 of model.safetensors: `{digest}`",
+            "",
+        ]
+    )
+
+
+def write_samples(folder: Path) -> None:
+    """Held-out scenes as PNG, with their objects and one question of every kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: list[dict] = []
+    for seed in range(SAMPLE_SEED, SAMPLE_SEED + SAMPLES):
+        scene = make_scene("held_out", seed, CANVAS, COUNTS)
+        rng = random.Random(f"samples {seed}")
+        asked = [question for kind in KINDS.values() if (question := kind(rng, scene))]
+        name = f"{seed - SAMPLE_SEED:02d}.png"
+        scene.image().save(folder / name, optimize=True)
+        entries.append(
+            {
+                "image": name,
+                "objects": [{"name": t.name, "color": t.colour, "box": t.box} for t in scene.things],
+                "questions": [{"kind": q.kind, "text": q.text, "answers": q.references} for q in asked],
+            }
+        )
+    (folder / "samples.json").write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def export(run: Path, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
+    """Write the model folder of a run as far as it has come."""
+    progress = Progress(**torch.load(run / "checkpoint.pt"))
+    if progress.average is None:
+        raise ValueError(f"{run} has no weights yet: train first")
+    model = build_model(CANVAS, SEED)
+    model.load_state_dict(resize_positions(progress.average, CANVAS))
+    save_folder(model, folder)
+    rows = read_log(run)
+    draw_curves(rows, stages, folder / "curves.png")
+    (folder / "README.md").write_text(model_card(rows, stages, progress, checksum(folder)))
+
+
+def main(
+    run: Annotated[Path, typer.Option(help="Folder of the training run.")] = Path("runs/pico"),
+    model: Annotated[Path, typer.Option(help="Model folder to write.")] = MODEL_DIR,
+    samples: Annotated[Path, typer.Option(help="Samples folder to write.")] = SAMPLES_DIR,
+) -> None:
+    """Write the model and samples folders."""
+    export(run, model)
+    write_samples(samples)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,124 @@
+"""Pico's training: loss falls within a minute, and an interrupted run ends where an unbroken one does."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from vlmflow.pico import evaluate, export, train
+from vlmflow.pico.curriculum import STAGES, Stage
+from vlmflow.pico.questions import KINDS
+from vlmflow.pico.train import Progress, Run, means, rate_share
+
+ALIGN = Stage("align", 48, (1, 2), steps=6, scenes=4, part=2, muon_rate=0.03, adam_rate=1.5e-3)
+TALK = Stage("talk", 48, (1, 2), steps=6, scenes=4, part=2, questions=(2, 1))
+
+
+@pytest.fixture
+def pool():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(train, "EXAM_SCENES", 2)
+    monkeypatch.setattr(train, "EXAM_QUESTIONS", (4, 2))
+
+
+class StopAfter(threading.Event):
+    """An event that sets itself once it was looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_short_training_lowers_the_loss(tmp_path, pool):
+    stage = Stage("talk", 48, (1, 2), steps=25, scenes=4, part=2, questions=(6, 2))
+    Run(tmp_path, (stage,), pool, threading.Event()).train()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "exam" not in row]
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert {row["exam"] for row in rows if "exam" in row} == {"held_out", "new_pairs"}
+
+
+def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, pool):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    expected = Run(whole, (ALIGN, TALK), pool, threading.Event()).train()
+    for looks in (3, 8, 2):  # in the first stage, across its end, in the second
+        Run(broken, (ALIGN, TALK), pool, StopAfter(looks)).train()
+    found = Run(broken, (ALIGN, TALK), pool, threading.Event()).train()
+    assert (found.stage, found.step) == (expected.stage, expected.step) == (2, 0)
+    assert expected.weights
+    assert found.weights
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, atol=0, rtol=0)
+
+
+def test_aligning_leaves_the_decoder_alone(tmp_path, pool):
+    before = train.build_model(48, train.SEED).state_dict()
+    after = Run(tmp_path, (ALIGN,), pool, threading.Event()).train().weights
+    assert after
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not any(".layers." in name and "language_model" in name for name in moved)
+
+
+def test_learning_rate_warms_up_and_falls():
+    stage = Stage("x", 48, (1, 2), steps=1000, scenes=4, part=2, decay=0.4)
+    assert rate_share(stage, 0) == pytest.approx(0.02)
+    assert rate_share(stage, 300) == 1
+    assert rate_share(stage, 800) == pytest.approx(0.5)
+    assert rate_share(stage, 999) == pytest.approx(0.02)
+
+
+def test_the_recipe_is_whole():
+    assert STAGES[-1].canvas == 192
+    assert STAGES[-1].counts == (2, 12)
+    assert all(stage.scenes % stage.part == 0 for stage in STAGES)
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+def test_a_run_is_exported_as_a_folder_with_card_and_curves(tmp_path, pool):
+    Run(tmp_path, (TALK,), pool, threading.Event()).train()
+    export.export(tmp_path, tmp_path / "model", (TALK,))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "All stages are complete." in card
+    assert '"name": "talk"' in card
+    assert (tmp_path / "model" / "curves.png").stat().st_size > 1000
+    assert isinstance(Progress(**torch.load(tmp_path / "checkpoint.pt")), Progress)
+
+
+def test_means_of_reports():
+    report = {"loss": 1.0, "losses": 4, "count/right": 1, "count/asked": 4}
+    report |= {"naming": 3.0, "namings": 2, "object": 1.0, "color": 1.0, "centre": 1.0}
+    row = means(report)
+    assert (row["naming"], row["loss"], row["count"]) == (1.5, 0.25, 0.25)
+
+
+def test_scores_have_wilson_intervals():
+    row = evaluate.Score(80, 100).row()
+    assert (row["accuracy"], row["low"], row["high"]) == (0.8, 0.7112, 0.8666)  # R: binom::binom.wilson(80, 100)
+
+
+def test_the_evaluation_asks_every_kind_and_blanks_the_picture():
+    items = list(evaluate.scene_items("held_out", 3))
+    assert {item.question.kind for item in items} <= set(KINDS)
+    assert len(items) > 3 * 10
+    blanked = list(evaluate.blank(items))
+    assert [item.question for item in blanked] == [item.question for item in items]
+    assert all(len(item.image.getcolors()) == 1 for item in blanked)
