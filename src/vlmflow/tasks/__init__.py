@@ -1,0 +1,49 @@
+"""The benchmarks: the paper's seven, two that need no download, and your own questions.
+
+Each stands whole in its file: where its samples come from, its prompts, its answer rules, its figure.
+"""
+
+from vlmflow.tasks.aokvqa import AOKVQA
+from vlmflow.tasks.core import (
+    Figure,
+    Hub,
+    Outcome,
+    Picture,
+    Rubric,
+    Sample,
+    Source,
+    Task,
+    TaskError,
+)
+from vlmflow.tasks.easy_vqa import EASY_VQA
+from vlmflow.tasks.flickr30k import FLICKR30K
+from vlmflow.tasks.jsonl import JSONL
+from vlmflow.tasks.judge import Judge, Verdict
+from vlmflow.tasks.llava_bench import LLAVA_BENCH
+from vlmflow.tasks.mmvet import MMVET
+from vlmflow.tasks.nocaps import NOCAPS
+from vlmflow.tasks.pico import PICO, PICO_CAPTIONS
+from vlmflow.tasks.pope import POPE
+from vlmflow.tasks.scienceqa import SCIENCEQA
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        SCIENCEQA, AOKVQA, POPE, NOCAPS, FLICKR30K, LLAVA_BENCH, MMVET, EASY_VQA, PICO, PICO_CAPTIONS, JSONL,
+    )
+}  # fmt: skip
+
+__all__ = [
+    "TASKS",
+    "Figure",
+    "Hub",
+    "Judge",
+    "Outcome",
+    "Picture",
+    "Rubric",
+    "Sample",
+    "Source",
+    "Task",
+    "TaskError",
+    "Verdict",
+]

@@ -1,0 +1,146 @@
+"""Answer rules: what a model's text answers, or None where it answers nothing or too much."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from vlmflow.tasks.core import Rule, Sample, letters
+
+_ARTICLES = ("a ", "an ", "the ")
+_NO_ARTICLE = r"(?!(?<=A) +(?!(?:or|and|is|because|as|since|[A-Z])\b)\w)"  # behind a letter: it is not the word "A"
+
+
+def normal(text: str) -> str:
+    """A text without case, accents' spelling, outer punctuation, doubled blanks and a leading article."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,:;!?\"'`()[]*")
+    for article in _ARTICLES:
+        text = text.removeprefix(article)
+    return text
+
+
+# -- one of several choices; every rule gives a letter
+
+
+def letter(text: str, sample: Sample) -> str | None:
+    """The one letter that the text names, else the one choice whose words it holds.
+
+    Letters marked as such ("B.", "(b)", "the answer is B") go before bare capitals, among which "A" before a
+    noun is an article. Several letters, a letter with "not" before it, or no letter and several choices
+    give None: this rule does not guess.
+    """
+    known = letters(sample)
+    stripped = text.strip().strip("*`\"'").strip()
+    alone = re.fullmatch(rf"[(\[]?([{known}])[)\].:]*", stripped, re.IGNORECASE)
+    if alone:
+        return alone[1].upper()
+    if re.search(rf"\b(?i:not|isn't|nor)\s+(?:option\s+)?[(\[]?[{known}]\b{_NO_ARTICLE}", text):
+        return None
+    marked = {
+        *re.findall(rf"[(\[]([{known}])[)\]]", text),
+        *re.findall(rf"(?<![\w'])([{known}])[.:)](?!\w)", text),
+        *re.findall(rf"\b(?i:answer|option|choice)\s*(?:(?i:is)\b|:)?\s*([{known}])\b{_NO_ARTICLE}", text),
+        *(found.upper() for found in re.findall(rf"\A\s*[(\[]?([{known.lower()}])[)\].:](?!\w)", text)),
+    }
+    bare = set(re.findall(rf"(?<![\w'])([{known}])(?![\w']){_NO_ARTICLE}", text))
+    spoken = _choice_in_words(text, sample)
+    if spoken and marked | bare <= set(sample.choices[known.index(spoken)].split()):
+        return spoken  # "sample B" may be choice C
+    named = marked or bare
+    if len(named) > 1 or (not marked and spoken and named != {spoken}):
+        return None
+    return named.pop() if named else spoken
+
+
+def _choice_in_words(text: str, sample: Sample) -> str | None:
+    said = normal(text)
+    wanted = [normal(choice) for choice in sample.choices]
+    if wanted.count(said) == 1:
+        return letters(sample)[wanted.index(said)]
+    held = [w for w in wanted if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", said)]
+    whole = [w for w in held if not any(w != other and w in other for other in held)]
+    return letters(sample)[wanted.index(whole[0])] if len(whole) == 1 else None
+
+
+def letter_strict(text: str, sample: Sample) -> str | None:
+    """The letter, if the text is nothing else.
+
+    Source: HiMAP's released ScienceQA script.
+    """
+    stripped = text.strip()
+    return stripped if len(stripped) == 1 and stripped in letters(sample) else None
+
+
+def letter_lmms(text: str, sample: Sample) -> str | None:
+    """The letter alone in either case, or a capital and a full stop at the start.
+
+    Source: lmms-eval's ScienceQA task.
+    """
+    stripped = text.strip()
+    if len(stripped) == 1:
+        return letter_strict(stripped.upper(), sample)
+    return letter_strict(stripped[0], sample) if stripped[1:2] == "." else None
+
+
+def letter_llava(text: str, sample: Sample) -> str | None:
+    """The letter alone, or with ". " at the start, or after exactly one "The answer is".
+
+    Source: LLaVA's ScienceQA evaluation.
+    """
+    if re.match(r"[A-E]\. ", text):
+        return letter_strict(text[0], sample)
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return letter_strict(found[0] if len(found) == 1 else text, sample)
+
+
+LETTER_RULES: dict[str, Rule] = {
+    "letter": letter,
+    "strict": letter_strict,
+    "lmms": letter_lmms,
+    "llava": letter_llava,
+}
+
+
+# -- yes or no
+
+
+def yes_no(text: str, sample: Sample) -> str | None:
+    """Whichever of the words "yes" and "no" the text holds, if it holds one of the two."""
+    words = set(re.findall(r"[a-z']+", text.casefold()))
+    said = words & {"yes", "no"}
+    return said.pop() if len(said) == 1 else None
+
+
+def yes_no_official(text: str, sample: Sample) -> str:
+    """No if the text before the first full stop has the word "No", "no" or "not", else yes, also for no text.
+
+    Source: POPE's and LLaVA's evaluation. It answers for the model where the model does not.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def yes_no_strict(text: str, sample: Sample) -> str | None:
+    """Yes or no in any case, if the text is nothing else.
+
+    Source: lmms-eval's POPE task.
+    """
+    said = text.strip().casefold()
+    return said if said in ("yes", "no") else None
+
+
+YES_NO_RULES: dict[str, Rule] = {"words": yes_no, "official": yes_no_official, "strict": yes_no_strict}
+
+
+# -- free text
+
+
+def words(text: str, sample: Sample) -> str | None:
+    """The text on one line, or None if it is empty."""
+    return " ".join(text.split()) or None
+
+
+def one_of_choices(text: str, sample: Sample) -> str | None:
+    """The one of the sample's choices that the text holds as a word."""
+    held = set(re.findall(r"\w+", text.casefold())) & set(sample.choices)
+    return held.pop() if len(held) == 1 else None

@@ -1,0 +1,92 @@
+"""A-OKVQA, multiple choice, validation: 1,145 questions about COCO images that need knowledge.
+
+Source: A-OKVQA (ECCV 2022). Table 1 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlmflow.tasks.answers import LETTER_RULES
+from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, accuracy, options, right
+from vlmflow.tasks.files import Row, find_file, read_hub, read_list, read_tsv, tsv_choices, tsv_letter
+
+HUB = Hub("HuggingFaceM4/A-OKVQA", "HuggingFaceM4/A-OKVQA", split="validation")
+
+
+def load(source: Source) -> Iterator[Sample]:
+    """The hub, aokvqa_v1p0_val.json with COCO 2017 images, or a VLMEvalKit TSV.
+
+    The images lie in ``images``, or else beside the file, or in a folder ``val2017`` (the split's) of either. The
+    test split has no public answers.
+    """
+    if source.path is None:
+        for row in read_hub(HUB, source):
+            yield _official(row)
+        return
+    path = find_file(source.path, f"aokvqa_v1p0_{source.split or 'val'}.json")
+    if path.suffix == ".tsv":
+        for row in read_tsv(path):
+            choices = tsv_choices(row)
+            yield _sample(row, row.text("index"), choices, tsv_letter(row, choices))
+        return
+    above = source.images or path.parent
+    for row in read_list(path):
+        folders = [above, above / f"{row.text('split')}2017"]
+        picture = row.image_in(folders, f"{row.number('image_id'):012}.jpg")
+        yield _official(Row(row.origin, row.fields, picture))
+
+
+def _official(row: Row) -> Sample:
+    choices = row.texts("choices")
+    if row.fields.get("correct_choice_idx") is None:
+        raise TaskError(f"{row.origin}: no 'correct_choice_idx'; the test split has no public answers")
+    return _sample(row, row.text("question_id"), choices, row.letter("correct_choice_idx", len(choices)))
+
+
+def _sample(row: Row, key: str, choices: tuple[str, ...], answer: str) -> Sample:
+    question = row.text("question")
+    return Sample(key, (row.image(),), question, choices=choices, answer=answer, origin=row.origin)
+
+
+def paper_prompt(sample: Sample) -> str:
+    """The paper's (appendix E), with the choices written as in FastV's script, whose sentence it is."""
+    return (
+        "Analyse the image and choose the best answer for the following question: "
+        f"{sample.question} Options: {options(sample)}. Output the letter of the correct answer."
+    )
+
+
+def llava_prompt(sample: Sample) -> str:
+    """LLaVA's for multiple choice."""
+    return (
+        f"{sample.question}\n{options(sample, '{}. {}', chr(10))}\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def fastv_prompt(sample: Sample) -> str:
+    """FastV's script."""
+    return (
+        "\nAnalyse the image and choose the best answer for the following question:\n"
+        f"{sample.question}\nOptions: {options(sample)}\nJust output the letter of the correct answer."
+    )
+
+
+def fastv_rule(text: str, sample: Sample) -> str | None:
+    """The right letter if the text holds it anywhere, as FastV's script scores (with one new token)."""
+    return sample.answer if sample.answer in text else None
+
+
+AOKVQA = Task(
+    name="aokvqa",
+    title="A-OKVQA (multiple choice, validation)",
+    load=load,
+    prompts={"paper": paper_prompt, "llava": llava_prompt, "fastv": fastv_prompt},
+    rules={**LETTER_RULES, "fastv": fastv_rule},
+    score=right,
+    measure=accuracy,
+    max_new_tokens=16,
+    preset="qa",
+    hub=HUB,
+)

@@ -1,0 +1,265 @@
+"""Rows of data files and hub data sets, each of which knows where it stands."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+from vlmflow.tasks.core import LETTERS, Hub, Picture, Source, TaskError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and its place, so that an error can name both; ``picture`` where the record itself holds one."""
+
+    origin: str
+    fields: Mapping[str, Any]
+    picture: Picture | None = None
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A text or number as text; ``default`` where it is missing or null."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise TaskError(f"{self.origin}: {name!r} must be text, got {value!r:.80}")
+        return str(value)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; one text is a list of one."""
+        value = self._value(name, None)
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, Sequence) or not listed or not all(isinstance(t, str) for t in listed):
+            raise TaskError(f"{self.origin}: {name!r} must be a list of texts, got {value!r:.80}")
+        return tuple(listed)
+
+    def number(self, name: str) -> int:
+        """A whole number."""
+        value = self._value(name, None)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TaskError(f"{self.origin}: {name!r} must be a whole number, got {value!r:.80}")
+        return value
+
+    def letter(self, name: str, n_choices: int) -> str:
+        """The letter of the choice whose index the record holds."""
+        index = self.number(name)
+        if not 0 <= index < n_choices:
+            raise TaskError(f"{self.origin}: {name!r} is {index}, but there are {n_choices} choices")
+        return LETTERS[index]
+
+    def rows(self, name: str) -> list[Row]:
+        """A list of records inside this one."""
+        value = self._value(name, None)
+        if not isinstance(value, list) or not all(isinstance(fields, dict) for fields in value):
+            raise TaskError(f"{self.origin}: {name!r} must be a list of objects, got {value!r:.80}")
+        return [Row(f"{self.origin}, {name}[{i}]", fields) for i, fields in enumerate(value)]
+
+    def image(self) -> Picture:
+        """The record's own image."""
+        if self.picture is None:
+            raise TaskError(f"{self.origin}: no image")
+        return self.picture
+
+    def image_in(self, folders: Sequence[Path], name: str) -> Picture:
+        """The image file of a name, in the first of the folders that has it."""
+        for folder in folders:
+            if (folder / name).is_file():
+                return Picture(name, folder / name)
+        listed = ", ".join(str(folder) for folder in folders)
+        raise TaskError(f"{self.origin}: image {name} not found in {listed}")
+
+    def _value(self, name: str, default: object) -> Any:
+        value = self.fields.get(name)
+        if value is None and default is None:
+            state = "is null" if name in self.fields else f"is missing (there are: {', '.join(self.fields)})"
+            raise TaskError(f"{self.origin}: {name!r} {state}")
+        return default if value is None else value
+
+
+def existing(path: Path) -> Path:
+    """The path, if something is there.
+
+    Raises:
+        TaskError: nothing is.
+    """
+    if not path.exists():
+        raise TaskError(f"{path}: no such file or folder")
+    return path
+
+
+def find_file(path: Path, *names: str) -> Path:
+    """The path itself if it is a file, else the first of these names in that folder.
+
+    Raises:
+        TaskError: neither is there.
+    """
+    if existing(path).is_file():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise TaskError(f"{path}: holds none of {', '.join(names)}")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        TaskError: it cannot be read, with line and column where it is broken.
+    """
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from None
+
+
+def read_table(path: Path) -> Iterator[Row]:
+    """The records of a JSON file that is an object of objects; their keys become the field ``key``."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise TaskError(f"{path}: must be an object of objects by id, got a {type(table).__name__}")
+    for key, fields in table.items():
+        if not isinstance(fields, dict):
+            raise TaskError(f"{path}, {key!r}: must be an object, got {fields!r:.80}")
+        yield Row(f"{path}, {key!r}", {**fields, "key": key})
+
+
+def read_list(path: Path) -> Iterator[Row]:
+    """The records of a JSON file that is a list of objects."""
+    yield from Row(str(path), {"list": read_json(path)}).rows("list")
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The records of a file with one JSON object a line; empty lines do not count."""
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        origin = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TaskError(f"{origin}, column {error.colno}: broken JSON ({error.msg})") from None
+        if not isinstance(fields, dict):
+            raise TaskError(f"{origin}: must be a JSON object, got {fields!r:.80}")
+        yield Row(origin, fields)
+
+
+def read_tsv(path: Path) -> Iterator[Row]:
+    """The records of a VLMEvalKit TSV; empty cells are missing.
+
+    ``image`` holds an image in base 64, or the ``index`` of the row that holds it, or a list of images written
+    out, of which the first counts.
+    """
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with existing(path).open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, delimiter="\t")
+            header = next(lines, [])
+            records = [(lines.line_num, line) for line in lines if line]
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: is not UTF-8 ({error.reason})") from None
+    except csv.Error as error:
+        raise TaskError(f"{path}: broken TSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    tables: list[tuple[str, dict[str, str]]] = []
+    for number, line in records:
+        if len(line) != len(header):
+            raise TaskError(f"{path}, line {number}: {len(line)} cells for {len(header)} columns")
+        fields = {name: cell for name, cell in zip(header, line, strict=True) if cell}
+        tables.append((f"{path}, line {number}", fields))
+    images = {fields["index"]: fields["image"] for _, fields in tables if {"index", "image"} <= fields.keys()}
+    decoded: dict[str, bytes] = {}
+    for origin, fields in tables:
+        key = fields.get("index", "")
+        if images.get(key, "") in images:
+            key = images[key]
+        if key in images and key not in decoded:
+            decoded[key] = _from_base64(images[key], origin)
+        picture = Picture(f"{path.name}:{key}", decoded[key]) if key in decoded else None
+        yield Row(origin, {name: cell for name, cell in fields.items() if name != "image"}, picture)
+
+
+def tsv_choices(row: Row) -> tuple[str, ...]:
+    """The options of a VLMEvalKit multiple-choice row: its columns A, B, C and so on until one is empty."""
+    choices: list[str] = []
+    for letter in LETTERS:
+        if letter not in row.fields:
+            break
+        choices.append(row.text(letter))
+    if not choices:
+        raise TaskError(f"{row.origin}: no option columns 'A', 'B' ... (there are: {', '.join(row.fields)})")
+    return tuple(choices)
+
+
+def tsv_letter(row: Row, choices: Sequence[str]) -> str:
+    """The letter that a VLMEvalKit multiple-choice row has as its answer."""
+    letter = row.text("answer").strip().upper()
+    if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
+        raise TaskError(f"{row.origin}: 'answer' is {letter!r}, but there are {len(choices)} choices")
+    return letter
+
+
+def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterator[Row]:
+    """The records of a data set on the hub, without their images, which are opened when needed.
+
+    ``image_name`` is the column that tells images apart; without it every row has its own.
+
+    Raises:
+        TaskError: the extra is not installed, or the data set cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise TaskError('hub data sets need the "datasets" package: pip install "vlmflow[eval]"') from None
+    found = hub.resolve(source)
+    name = f"{found.new} ({found.config or 'default'}, {found.split})"
+    try:
+        table = datasets.load_dataset(found.new, found.config, split=found.split, revision=source.revision)
+    except Exception as error:  # the hub client raises what it likes: network, id, configuration, file format
+        raise TaskError(
+            f"{name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "without a network, give a local copy"
+        ) from error
+    if not isinstance(table, datasets.Dataset):
+        raise TaskError(f"{name}: split must name one split")
+    if "image" not in table.column_names:
+        raise TaskError(f"{name}: column 'image' is missing (there are: {', '.join(table.column_names)})")
+    images = table.cast_column("image", datasets.Image(decode=False)).select_columns("image")
+    records = cast(Iterable[dict[str, Any]], table.remove_columns("image"))
+    for number, fields in enumerate(records):
+        picture = None
+        if images.data.column("image")[number].is_valid:
+            own = str(fields[image_name]) if image_name and image_name in fields else f"row {number}"
+            picture = Picture(own, partial(_hub_image, images, number))
+        yield Row(f"{name}, row {number}", {**fields, "row": number}, picture)
+
+
+def _hub_image(images: Any, number: int) -> Image.Image:
+    held = images[number]["image"]
+    return Picture(f"row {number}", Path(held["path"]) if held["bytes"] is None else held["bytes"]).open()
+
+
+def _from_base64(text: str, origin: str) -> bytes:
+    """An image; of a list of images written out the first."""
+    first = text.strip("[]'\" ").split(",")[0].strip("'\" ")
+    try:
+        return base64.b64decode(first, validate=True)
+    except binascii.Error:
+        raise TaskError(f"{origin}: 'image' is not base 64") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return existing(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: is not UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror})") from None

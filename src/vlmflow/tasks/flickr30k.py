@@ -1,0 +1,57 @@
+"""Flickr30k: captions of photographs; all 31,783 on the hub, the usual 1,000 test images by Karpathy's list.
+
+CIDEr weighs words by the set, so that the two give figures that do not compare. The hub's copy is what lmms-eval
+measures, and by its prompt very likely the paper.
+
+Source: Flickr30k (TACL 2014), split of Karpathy and Fei-Fei (CVPR 2015). Table 2 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlmflow.tasks.answers import words
+from vlmflow.tasks.captions import caption_prompt, cider
+from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, unscored
+from vlmflow.tasks.files import Row, find_file, read_hub, read_json
+
+HUB = Hub("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k", split="test")
+
+
+def load(source: Source) -> Iterator[Sample]:
+    """The hub, or Karpathy's dataset_flickr30k.json with its images in ``images``, or else beside it.
+
+    ``split`` is Karpathy's (default test; "all" takes every image).
+    """
+    if source.path is None:
+        for row in read_hub(HUB, source, image_name="filename"):
+            yield Sample(row.text("img_id"), (row.image(),), references=row.texts("caption"), origin=row.origin)
+        return
+    path = find_file(source.path, "dataset_flickr30k.json")
+    whole = read_json(path)
+    if not isinstance(whole, dict):
+        raise TaskError(f"{path}: must be an object with 'images'")
+    above, split = source.images or path.parent, source.split or "test"
+    for row in Row(str(path), whole).rows("images"):
+        if split in ("all", row.text("split")):
+            name = row.text("filename")
+            yield Sample(
+                id=row.text("imgid"),
+                images=(row.image_in([above, above / "flickr30k-images", above / "flickr30k_images"], name),),
+                references=tuple(sentence.text("raw") for sentence in row.rows("sentences")),
+                origin=row.origin,
+            )
+
+
+FLICKR30K = Task(
+    name="flickr30k",
+    title="Flickr30k",
+    load=load,
+    prompts={"paper": caption_prompt, "lmms": caption_prompt, "llava": caption_prompt},
+    rules={"text": words},
+    score=unscored,
+    measure=cider,
+    max_new_tokens=64,
+    preset="caption",
+    hub=HUB,
+)

@@ -1,0 +1,143 @@
+"""LLaVA-Bench (in the wild): 60 open questions about 24 images; a judge marks them beside text-only GPT-4's answers.
+
+Source: LLaVA (NeurIPS 2023), judge's prompt Apache-2.0. Table 2 of the paper, which names GPT-4o as judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vlmflow.tasks.answers import words
+from vlmflow.tasks.core import Figure, Hub, Outcome, Rubric, Sample, Source, Task, TaskError, unscored
+from vlmflow.tasks.files import Row, find_file, read_hub, read_lines, read_tsv
+
+HUB = Hub("lmms-lab-encoder/llava-bench-in-the-wild", "lmms-lab/llava-bench-in-the-wild", split="train")
+CATEGORIES = ("conv", "detail", "complex")
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+TEMPLATE = (
+    "[Context]\n{context}\n\n"
+    "[Question]\n{question}\n\n"
+    "[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
+    "[Assistant 2]\n{prediction}\n\n[End of Assistant 2]\n\n"
+    "[System]\n"
+    "We would like to request your feedback on the performance of two AI assistants in response to the user question "
+    "displayed above. The user asks the question on observing an image. For your reference, the visual content in the "
+    "image is represented with a few sentences describing the image. \n"
+    "Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an "
+    "overall score on a scale of 1 to 10, where a higher score indicates better overall performance.\n"
+    "Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, "
+    "respectively. The two scores are separated by a space.\n"
+    "In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential "
+    "bias and ensuring that the order in which the responses were presented does not affect your judgment."
+    "\n\n"
+)
+
+
+def load(source: Source) -> Iterator[Sample]:
+    """The hub, the official folder (questions, context and answers_gpt4 as JSON lines, images), or a VLMEvalKit TSV."""
+    if source.path is None:
+        for row in read_hub(HUB, source):
+            yield _sample(row, row.text("question_id"), row.text("question"), row.texts("caption"), "gpt_answer")
+        return
+    path = find_file(source.path, "questions.jsonl")
+    if path.suffix == ".tsv":
+        for row in read_tsv(path):
+            yield _sample(row, row.text("index"), row.text("question"), row.texts("caption"), "gpt4_ans")
+        return
+    folder = source.images or path.parent / "images"
+    contexts = {row.text("image"): row for row in read_lines(find_file(path.parent / "context.jsonl"))}
+    answers = {row.text("question_id"): row for row in read_lines(find_file(path.parent / "answers_gpt4.jsonl"))}
+    for row in read_lines(path):
+        key, name = row.text("question_id"), row.text("image")
+        if key not in answers or name not in contexts:
+            missing = "context.jsonl" if key in answers else "answers_gpt4.jsonl"
+            raise TaskError(f"{row.origin}: question {key} (image {name}) has no entry in {missing}")
+        whole = {**row.fields, "gpt_answer": answers[key].text("text")}
+        found = Row(row.origin, whole, row.image_in([folder], name))
+        yield _sample(found, key, row.text("text"), contexts[name].texts("caption"), "gpt_answer")
+
+
+def _sample(row: Row, key: str, question: str, context: Sequence[str], reference: str) -> Sample:
+    category = row.text("category")
+    if category not in CATEGORIES:
+        raise TaskError(f"{row.origin}: 'category' must be one of {', '.join(CATEGORIES)}, got {category!r:.40}")
+    return Sample(
+        id=key,
+        images=(row.image(),),
+        question=question,
+        references=(row.text(reference),),
+        context="\n".join(context),
+        group=category,
+        origin=row.origin,
+    )
+
+
+def plain_prompt(sample: Sample) -> str:
+    """The question alone."""
+    return sample.question
+
+
+def fill(sample: Sample, answer: str) -> dict[str, str]:
+    """GPT-4's answer comes first, always."""
+    return {
+        "context": sample.context,
+        "question": sample.question,
+        "reference": sample.references[0],
+        "prediction": answer,
+    }
+
+
+def read(reply: str) -> tuple[float, ...] | None:
+    """The two marks from 1 to 10 on the reply's first line: the reference's, and the model's."""
+    try:
+        marks = tuple(float(mark) for mark in re.sub("[,;]", " ", reply.strip().split("\n")[0]).split())
+    except ValueError:
+        return None
+    return marks if len(marks) == 2 and all(1 <= mark <= 10 for mark in marks) else None
+
+
+def measure(outcomes: Sequence[Outcome]) -> Figure:
+    """The model's marks in percent of the reference's: a ratio of means, overall and per category.
+
+    Departs: LLaVA's script averages answers without marks in as -1; here they are left out and counted.
+    """
+    reference, own = (
+        np.array([outcome.verdict[i] if outcome.verdict else np.nan for outcome in outcomes], float) for i in (0, 1)
+    )
+    categories = np.array([outcome.sample.group for outcome in outcomes])
+    parts: dict[str, float | None] = {}
+    for category in sorted(set(categories.tolist())):
+        chosen = (categories == category) & ~np.isnan(own)
+        parts[category] = 100 * float(own[chosen].sum() / reference[chosen].sum()) if chosen.any() else None
+    marked = ~np.isnan(own)
+    means = {
+        "reference_mark": float(reference[marked].mean()) if marked.any() else None,
+        "mark": float(own[marked].mean()) if marked.any() else None,
+    }
+    return Figure("relative score", own, reference, {"categories": parts, **means})
+
+
+LLAVA_BENCH = Task(
+    name="llava_bench",
+    title="LLaVA-Bench (in the wild)",
+    load=load,
+    prompts={"paper": plain_prompt, "lmms": plain_prompt, "llava": plain_prompt},
+    rules={"text": words},
+    score=unscored,
+    measure=measure,
+    max_new_tokens=1024,
+    preset="caption",
+    hub=HUB,
+    rubric=Rubric(
+        name="llava-bench-v1",
+        template=TEMPLATE,
+        fill=fill,
+        read=read,
+        max_tokens=1024,
+        system=SYSTEM,
+        temperature=0.2,
+    ),
+)

@@ -1,0 +1,61 @@
+"""NoCaps, validation: captions of 4,500 Open Images pictures, many of things that COCO captions do not name.
+
+Source: NoCaps (ICCV 2019). Table 2 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vlmflow.tasks.answers import words
+from vlmflow.tasks.captions import caption_prompt, cider
+from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, unscored
+from vlmflow.tasks.files import Row, find_file, read_hub, read_json
+
+HUB = Hub("lmms-lab-encoder/NoCaps", "lmms-lab/NoCaps", split="validation")
+
+
+def load(source: Source) -> Iterator[Sample]:
+    """The hub, or nocaps_val_4500_captions.json with its images in ``images``, or else beside it.
+
+    The local copy knows the domain (in, near, out), which becomes the group; the hub's copy does not.
+    """
+    if source.path is None:
+        for row in read_hub(HUB, source, image_name="image_file_name"):
+            said = row.texts("annotations_captions")
+            yield Sample(row.text("image_id"), (row.image(),), references=said, origin=row.origin)
+        return
+    path = find_file(source.path, "nocaps_val_4500_captions.json")
+    whole = read_json(path)
+    if not isinstance(whole, dict):
+        raise TaskError(f"{path}: must be an object with 'images' and 'annotations'")
+    file = Row(str(path), whole)
+    captions: dict[str, list[str]] = {}
+    for row in file.rows("annotations"):
+        captions.setdefault(row.text("image_id"), []).append(row.text("caption"))
+    above = source.images or path.parent
+    for row in file.rows("images"):
+        key = row.text("id")
+        if key not in captions:
+            raise TaskError(f"{row.origin}: image {key} has no captions")
+        yield Sample(
+            id=key,
+            images=(row.image_in([above, above / "val"], row.text("file_name")),),
+            references=tuple(captions[key]),
+            group=row.text("domain", ""),
+            origin=row.origin,
+        )
+
+
+NOCAPS = Task(
+    name="nocaps",
+    title="NoCaps (validation)",
+    load=load,
+    prompts={"paper": caption_prompt, "lmms": caption_prompt, "llava": caption_prompt},
+    rules={"text": words},
+    score=unscored,
+    measure=cider,
+    max_new_tokens=64,
+    preset="caption",
+    hub=HUB,
+)

@@ -1,0 +1,109 @@
+"""Pico's scenes: questions of every kind about drawn pictures that its training never showed, and their captions.
+
+The kinds mirror the paper's tasks: existence as in POPE, multiple choice as in A-OKVQA, captions as in NoCaps.
+Scenes and questions are those of pico's own score card. Not in the paper: an offline benchmark.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+from PIL import Image
+
+from vlmflow.tasks.answers import words
+from vlmflow.tasks.captions import cider
+from vlmflow.tasks.core import Picture, Sample, Source, Task, TaskError, accuracy, unscored
+
+Split = Literal["held_out", "new_pairs"]
+SCENES = 400
+FIRST = 1_000_000  # the first scene's seed; like all below as in vlmflow.pico.evaluate, so that the figures agree
+CANVAS = 192  # pixels
+COUNTS = (2, 12)  # objects
+
+
+def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
+    """The questions of the wanted kinds, one of each about every scene that has something to ask of it.
+
+    ``split`` is held_out, or new_pairs (objects in colours that training never gave them). A path cannot be given.
+    """
+    from vlmflow.pico.questions import KINDS
+
+    split = source.split or "held_out"
+    if source.path is not None:
+        raise TaskError("pico: draws its scenes; it takes no path")
+    if split not in ("held_out", "new_pairs"):
+        raise TaskError(f"pico: split must be held_out or new_pairs, got {split!r}")
+    for number in range(SCENES):
+        scene, name = _scene(split, number), f"{split}/{number}"
+        generator = random.Random(f"evaluate {split} {FIRST + number}")
+        for kind, ask in KINDS.items():
+            question = ask(generator, scene)
+            if question and wanted(kind):
+                yield Sample(
+                    id=f"{name}/{kind}",
+                    images=(Picture(name, partial(_draw, split, number)),),
+                    question=question.text,
+                    answer=question.answer,
+                    references=question.references,
+                    group=kind,
+                    origin=f"pico scene {name}",
+                )
+
+
+@functools.lru_cache(maxsize=32)
+def _scene(split: Split, number: int) -> Any:
+    from vlmflow.pico.scenes import make_scene
+
+    return make_scene(split, FIRST + number, CANVAS, COUNTS)
+
+
+def _draw(split: Split, number: int) -> Image.Image:
+    return _scene(split, number).image()
+
+
+def is_question(kind: str) -> bool:
+    """Kinds with one right answer."""
+    return kind != "caption"
+
+
+def is_caption(kind: str) -> bool:
+    """The captions."""
+    return kind == "caption"
+
+
+def plain_prompt(sample: Sample) -> str:
+    """The question alone, as pico was taught."""
+    return sample.question
+
+
+def score(parsed: str | None, sample: Sample) -> float:
+    """1 for an accepted answer, to the letter."""
+    return float(parsed in sample.references)
+
+
+PICO = Task(
+    name="pico",
+    title="Pico's scenes (questions)",
+    load=partial(load, wanted=is_question),
+    prompts={"paper": plain_prompt},
+    rules={"text": words},
+    score=score,
+    measure=accuracy,
+    max_new_tokens=16,
+    preset="qa",
+)
+PICO_CAPTIONS = Task(
+    name="pico_captions",
+    title="Pico's scenes (captions)",
+    load=partial(load, wanted=is_caption),
+    prompts={"paper": plain_prompt},
+    rules={"text": words},
+    score=unscored,
+    measure=cider,
+    max_new_tokens=48,
+    preset="caption",
+)

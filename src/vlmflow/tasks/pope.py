@@ -1,0 +1,115 @@
+"""POPE on COCO: 9,000 questions whether an object is in one of 500 images, in three splits of 3,000.
+
+The objects asked for that are not there are drawn evenly (random), from the frequent ones (popular), or from those
+that go with what is there (adversarial).
+
+Source: POPE (EMNLP 2023). Table 1 of the paper, which prints accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vlmflow.tasks.answers import YES_NO_RULES
+from vlmflow.tasks.core import Figure, Hub, Outcome, Sample, Source, Task, TaskError, right
+from vlmflow.tasks.files import Row, existing, read_hub, read_lines, read_tsv
+
+HUB = Hub("lmms-lab-encoder/POPE", "lmms-lab/POPE", split="test")
+SPLITS = ("random", "popular", "adversarial")
+
+
+def load(source: Source) -> Iterator[Sample]:
+    """The hub, POPE's JSON lines (one file, or a folder of the three) with COCO val2014 images, or a VLMEvalKit TSV.
+
+    ``split`` chooses one of random, popular and adversarial from a folder; on the hub it names the hub's split. A file
+    of another name is a group of its own. The images lie in ``images``, or else beside the file, or in a folder
+    ``val2014`` of either.
+    """
+    if source.path is None:
+        for row in read_hub(HUB, source, image_name="image_source"):
+            group = row.text("category")
+            yield _sample(row, f"{group}/{row.text('row')}", "question", "answer", group)
+        return
+    if existing(source.path).suffix == ".tsv":
+        for row in read_tsv(source.path):
+            for group in row.text("category").split(","):
+                yield _sample(row, f"{group}/{row.text('index')}", "question", "answer", group)
+        return
+    if source.split not in (None, *SPLITS):
+        raise TaskError(f"pope: split must be one of {', '.join(SPLITS)}, got {source.split!r}")
+    if source.path.is_dir():
+        splits = [source.split] if source.split else SPLITS
+        files = [(existing(source.path / f"coco_pope_{split}.json"), split) for split in splits]
+    else:
+        named = (split for split in SPLITS if source.path.stem.endswith(split))
+        files = [(source.path, next(named, source.path.stem))]
+    above = source.images or files[0][0].parent
+    for path, group in files:
+        for row in read_lines(path):
+            picture = row.image_in([above, above / "val2014"], row.text("image"))
+            found = Row(row.origin, row.fields, picture)
+            yield _sample(found, f"{group}/{row.text('question_id')}", "text", "label", group)
+
+
+def _sample(row: Row, key: str, question: str, answer: str, group: str) -> Sample:
+    label = row.text(answer).strip().lower()
+    if label not in ("yes", "no"):
+        raise TaskError(f"{row.origin}: {answer!r} must be yes or no, got {label!r:.40}")
+    return Sample(key, (row.image(),), row.text(question), answer=label, group=group, origin=row.origin)
+
+
+def paper_prompt(sample: Sample) -> str:
+    """The paper's (appendix E)."""
+    return f"question: {sample.question} Please just answer yes or no."
+
+
+def llava_prompt(sample: Sample) -> str:
+    """LLaVA's, which is lmms-eval's too."""
+    return f"{sample.question}\nAnswer the question using a single word or phrase."
+
+
+def measure(outcomes: Sequence[Outcome]) -> Figure:
+    """Accuracy, and per split and overall accuracy, precision, recall, F1 and the share of yes, in percent.
+
+    An unparsed answer is wrong and no "yes". ``mean_f1`` is the plain mean over the splits, which is
+    what LLaVA's table prints.
+    """
+    groups = {outcome.sample.group: [] for outcome in outcomes}
+    for outcome in outcomes:
+        groups[outcome.sample.group].append(outcome)
+    parts = {group: _figures(own) for group, own in groups.items()}
+    mean_f1 = sum(part["f1"] for part in parts.values()) / len(parts)
+    scores = np.array([outcome.score for outcome in outcomes], float)
+    details = {"overall": _figures(outcomes), "splits": parts, "mean_f1": mean_f1}
+    return Figure("accuracy", scores, np.ones(len(scores)), details)
+
+
+def _figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The positive class is yes; a ratio of nothing to nothing is 0."""
+    truth = [outcome.sample.answer == "yes" for outcome in outcomes]
+    said = [outcome.parsed == "yes" for outcome in outcomes]
+    hits = sum(t and s for t, s in zip(truth, said, strict=True))
+    shares = {
+        "accuracy": (sum(outcome.parsed == outcome.sample.answer for outcome in outcomes), len(outcomes)),
+        "precision": (hits, sum(said)),
+        "recall": (hits, sum(truth)),
+        "f1": (2 * hits, sum(said) + sum(truth)),
+        "yes_ratio": (sum(said), len(outcomes)),
+    }
+    return {name: 100 * part / whole if whole else 0.0 for name, (part, whole) in shares.items()}
+
+
+POPE = Task(
+    name="pope",
+    title="POPE (COCO; random, popular, adversarial)",
+    load=load,
+    prompts={"paper": paper_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    rules=YES_NO_RULES,
+    score=right,
+    measure=measure,
+    max_new_tokens=16,
+    preset="qa",
+    hub=HUB,
+)

@@ -1,0 +1,125 @@
+"""ScienceQA, test questions with an image ("Sci-VQA"): 2,017 multiple-choice questions of school science.
+
+Source: ScienceQA (NeurIPS 2022); data CC BY-NC-SA 4.0. Table 1 of the paper.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from vlmflow.tasks.answers import LETTER_RULES
+from vlmflow.tasks.core import LETTERS, Hub, Sample, Source, Task, TaskError, accuracy, options, right
+from vlmflow.tasks.files import Row, find_file, read_hub, read_list, read_table, read_tsv, tsv_choices, tsv_letter
+
+HUB = Hub("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA", split="test", config="ScienceQA-IMG")
+
+
+def load(source: Source) -> Iterator[Sample]:
+    """The hub, a folder with problems.json, the paper's JSON list of conversations, or a VLMEvalKit TSV.
+
+    Questions without an image are passed over. Where a file names images only, they lie below ``images``, or else
+    beside the file, in ``images`` or ``images/test``.
+    """
+    if source.path is None:
+        for row in read_hub(HUB, source):
+            if row.picture:
+                choices = row.texts("choices")
+                yield _sample(row, row.text("row"), choices, row.letter("answer", len(choices)))
+        return
+    path = find_file(source.path, "problems.json", "himap-inference-MCQ.json")
+    if path.suffix == ".tsv":
+        for row in read_tsv(path):
+            choices = tsv_choices(row)
+            yield _sample(row, row.text("index"), choices, tsv_letter(row, choices))
+        return
+    above = source.images or path.parent
+    folders = [above, above / "test", above / "images" / "test", above / "images"]
+    if path.name == "problems.json":
+        split = source.split or "test"
+        for row in read_table(path):
+            if row.text("split") == split and (name := row.text("image", "")):
+                choices, key = row.texts("choices"), row.text("key")
+                picture = row.image_in([folder / key for folder in folders], name)
+                found = Row(row.origin, row.fields, picture)
+                yield _sample(found, key, choices, row.letter("answer", len(choices)))
+        return
+    for row in read_list(path):
+        picture = row.image_in(folders, row.text("image"))
+        yield _from_conversation(Row(row.origin, row.fields, picture))
+
+
+def _sample(row: Row, key: str, choices: tuple[str, ...], answer: str) -> Sample:
+    picture = row.image()
+    return Sample(
+        id=key,
+        images=(picture,),
+        question=row.text("question"),
+        choices=choices,
+        answer=answer,
+        context=row.text("hint", ""),
+        origin=row.origin,
+    )
+
+
+def _from_conversation(row: Row) -> Sample:
+    """A record of the paper's file: "<image>", the context if there is one, the question, one line a choice.
+
+    The question is the line before the choices; what stands between "Context: " and it is the context.
+    """
+    turns = [turn.text("value") for turn in row.rows("conversations")]
+    if len(turns) != 2:
+        raise TaskError(f"{row.origin}: 'conversations' must be a question and its answer, got {len(turns)} turns")
+    lines = turns[0].replace("<image>", "").strip().split("\n")
+    first = next((i for i, line in enumerate(lines) if re.match(r"A\. ", line)), len(lines))
+    choices = lines[first:]
+    if not choices or any(not line.startswith(f"{mark}. ") for mark, line in zip(LETTERS, choices, strict=False)):
+        raise TaskError(f"{row.origin}: the question must end in lines 'A. ...', 'B. ...', got {turns[0]!r:.120}")
+    context, question = "", "\n".join(lines[:first])
+    if question.startswith("Context: ") and "\n" in question:
+        context, question = question.removeprefix("Context: ").rsplit("\n", 1)
+    if turns[1].strip() not in list(LETTERS[: len(choices)]):
+        raise TaskError(f"{row.origin}: the answer is {turns[1]!r:.40}, but there are {len(choices)} choices")
+    return Sample(
+        id=row.text("id"),
+        images=(row.image(),),
+        question=question,
+        choices=tuple(line[3:] for line in choices),
+        answer=turns[1].strip(),
+        context=context,
+        origin=row.origin,
+    )
+
+
+def paper_prompt(sample: Sample) -> str:
+    """The paper's (appendix E); its {question} begins with the context, as in the file its code reads."""
+    return (
+        f"{_with_context(sample)} Options: {options(sample)}. "
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def llava_prompt(sample: Sample) -> str:
+    """LLaVA's, which lmms-eval and the paper's released script share."""
+    return (
+        f"{_with_context(sample)}\n{options(sample, '{}. {}', chr(10))}\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def _with_context(sample: Sample) -> str:
+    return f"Context: {sample.context}\n{sample.question}" if sample.context else sample.question
+
+
+SCIENCEQA = Task(
+    name="scienceqa",
+    title="Sci-VQA (ScienceQA test, questions with an image)",
+    load=load,
+    prompts={"paper": paper_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    rules=LETTER_RULES,
+    score=right,
+    measure=accuracy,
+    max_new_tokens=16,
+    preset="qa",
+    hub=HUB,
+)

@@ -1,0 +1,314 @@
+"""The judge against a real server that speaks the OpenAI protocol, with all that can go wrong on the way."""
+
+import json
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmflow.tasks import TASKS, Judge, Picture, Sample, TaskError
+
+pytest.importorskip("openai")
+KEY = "sk-secret-4711"
+RUBRIC = TASKS["mmvet"].rubric
+assert RUBRIC is not None
+
+
+def sample(key: str) -> Sample:
+    return Sample(key, (Picture(key, b""),), question=f"What is {key}?", answer="5<OR>6", group="ocr")
+
+
+ANSWERS = [(sample(str(i)), f"It is {i}.") for i in range(6)]
+
+
+def reply(text: str | None) -> tuple[int, object]:
+    message = {"role": "assistant", "content": text}
+    return 200, {
+        "id": "x", "object": "chat.completion", "created": 0, "model": "judge-2026-01-01",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }  # fmt: skip
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by ``script``, a function of the request and of how often it has come; keeps all requests."""
+
+    daemon_threads = True
+
+    def __init__(self, script: Callable[[dict[str, Any], int], tuple[int, object]]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = script
+        self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            before = sum(kept["messages"] == request["messages"] for kept in self.server.requests)
+            self.server.requests.append(request)
+            self.server.keys.add(self.headers["Authorization"])
+        assert self.path == "/v1/chat/completions"
+        status, body = self.server.script(request, before)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except ConnectionError:
+            pass  # the client's time was up
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start a server with a script."""
+    servers: list[Server] = []
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    def start(script: Callable[[dict[str, Any], int], tuple[int, object]]) -> Server:
+        server = Server(script)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def judge(server: Server, **fields) -> Judge:
+    return Judge(**{"base_url": server.url, "pause": 0.001, "timeout": 5.0, **fields})
+
+
+def number(request: dict[str, Any]) -> int:
+    """Which answer a request is about."""
+    return int(request["messages"][-1]["content"].rsplit("What is ", 1)[1][0])
+
+
+def test_marks_in_order(serve, tmp_path):
+    server = serve(lambda request, before: reply(f"0.{number(request)}"))
+    found = list(judge(server, cache=tmp_path).mark(RUBRIC, ANSWERS))
+    assert [verdict.sample for verdict in found] == list("012345")
+    assert [verdict.marks for verdict in found] == [(i / 10,) for i in range(6)]
+    assert {(verdict.failure, verdict.model, verdict.asked) for verdict in found} == {(None, "judge-2026-01-01", 1)}
+    assert server.keys == {f"Bearer {KEY}"}
+    (request,) = [request for request in server.requests if number(request) == 3]
+    assert (request["model"], request["max_tokens"], request["temperature"]) == ("gpt-4o-2024-11-20", 3, 0)
+    assert request["messages"][0]["content"].endswith("What is 3? | 5 <OR> 6 | It is 3. | ")
+
+
+def test_cache_needs_no_second_request_and_no_key(serve, tmp_path, monkeypatch):
+    server = serve(lambda request, before: reply("0.5"))
+    ours = judge(server, cache=tmp_path)
+    first = list(ours.mark(RUBRIC, ANSWERS[:3]))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    again = list(ours.mark(RUBRIC, ANSWERS[:3]))
+    assert [v.marks for v in again] == [v.marks for v in first] == [(0.5,)] * 3
+    assert ([v.asked for v in again], len(server.requests)) == ([0, 0, 0], 3)
+    for other in (judge(server, cache=tmp_path, model="other"), ours):
+        pair = (ANSWERS[0][0], "something else" if other is ours else ANSWERS[0][1])
+        with pytest.raises(TaskError, match="OPENAI_API_KEY is not set"):
+            list(other.mark(RUBRIC, [pair]))  # another request: not in the cache
+    files = list(tmp_path.rglob("*.json"))
+    assert len(files) == 3
+    assert not list(tmp_path.rglob("*.tmp"))
+    record = json.loads(files[0].read_text())
+    assert record["request"]["messages"]
+    assert record["model"] == "judge-2026-01-01"
+
+
+def test_damaged_cache_is_asked_for_again(serve, tmp_path):
+    server = serve(lambda request, before: reply("0.5"))
+    ours = judge(server, cache=tmp_path)
+    list(ours.mark(RUBRIC, ANSWERS[:1]))
+    (file,) = tmp_path.rglob("*.json")
+    for damage in ("", "{", "[]", '{"reply": 5}'):
+        file.write_text(damage)
+        (verdict,) = ours.mark(RUBRIC, ANSWERS[:1])
+        assert (verdict.marks, verdict.asked) == ((0.5,), 1)
+
+
+def test_errors_on_the_way_are_tried_again(serve):
+    def script(request, before):
+        trouble = [
+            (429, {"error": {"message": f"slow down {KEY}", "code": "rate_limit_exceeded"}}),
+            (500, {"error": {"message": "oops"}}),
+            (200, b'{"choices": [{"mess'),
+            (200, {"choices": []}),
+        ]
+        return trouble[before] if before < len(trouble) else reply("0.7")
+
+    server = serve(script)
+    found = list(judge(server).mark(RUBRIC, ANSWERS[:2]))
+    assert [(v.marks, v.failure, v.asked) for v in found] == [((0.7,), None, 5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        ((429, {"error": {"message": KEY, "code": "rate_limit_exceeded"}}), "HTTP 429 rate_limit_exceeded, 3 times"),
+        ((503, b"<html>"), "HTTP 503, 3 times"),
+        ((200, b"not json"), "malformed reply, 3 times"),
+        ((200, {"choices": None}), "malformed reply, 3 times"),
+        ((200, b"[]"), "malformed reply, 3 times"),
+        (reply(None), "reply without text, 3 times"),
+        ((400, {"error": {"message": KEY, "code": f"{KEY}"}}), "HTTP 400"),
+        ((400, {"error": {"message": "x", "code": "context_length_exceeded"}}), "HTTP 400 context_length_exceeded"),
+        (reply("no idea"), "unreadable reply in 3 attempts"),
+    ],
+)
+def test_what_fails_is_counted_and_not_guessed(serve, answer, failure):
+    server = serve(lambda request, before: answer if number(request) == 1 else reply("1.0"))
+    found = list(judge(server, attempts=3).mark(RUBRIC, ANSWERS[:3]))
+    assert [verdict.marks for verdict in found] == [(1.0,), None, (1.0,)]
+    assert found[1].failure == failure
+    task = TASKS["mmvet"]
+    outcomes = [task.outcome(s, text, verdict=v.marks) for (s, text), v in zip(ANSWERS, found, strict=False)]
+    metric = task.metric(outcomes)
+    assert (metric["value"], metric["n"], metric["excluded"]) == (100, 2, 1)
+
+
+def test_failures_are_not_cached(serve, tmp_path):
+    broken = [True]
+    server = serve(lambda request, before: (500, {}) if broken[0] else reply("0.5"))
+    ours = judge(server, attempts=2, cache=tmp_path)
+    assert [v.marks for v in ours.mark(RUBRIC, ANSWERS[:2])] == [None, None]
+    broken[0] = False
+    assert [v.marks for v in ours.mark(RUBRIC, ANSWERS[:2])] == [(0.5,), (0.5,)]
+
+
+def test_unreadable_replies_are_asked_for_again_warmer(serve, tmp_path):
+    server = serve(lambda request, before: reply("0.5" if request["temperature"] >= 1 else "good"))
+    ours = judge(server, cache=tmp_path)
+    (verdict,) = ours.mark(RUBRIC, ANSWERS[:1])
+    assert (verdict.marks, verdict.asked) == ((0.5,), 3)
+    assert [request["temperature"] for request in server.requests] == [0, 0.5, 1]
+    nudged = [request["messages"][0]["content"].endswith("(digit): ") for request in server.requests]
+    assert nudged == [False, True, True]
+    (again,) = ours.mark(RUBRIC, ANSWERS[:1])
+    assert (again.marks, again.asked) == ((0.5,), 0)
+
+
+def test_time_out(serve):
+    def script(request, before):
+        if before < 2:
+            time.sleep(0.5)
+        return reply("0.5")
+
+    server = serve(script)
+    (verdict,) = judge(server, timeout=0.15).mark(RUBRIC, ANSWERS[:1])
+    assert (verdict.marks, verdict.asked) == ((0.5,), 3)
+    server = serve(lambda request, before: (time.sleep(0.5), reply("0.5"))[1])
+    (verdict,) = judge(server, timeout=0.1, attempts=2).mark(RUBRIC, ANSWERS[:1])
+    assert verdict.failure == "no reply within 0.1 s, 2 times"
+
+
+def test_no_server(serve):
+    server = serve(lambda request, before: reply("0.5"))
+    ours = judge(server, attempts=2)
+    server.shutdown()
+    server.server_close()
+    (verdict,) = ours.mark(RUBRIC, ANSWERS[:1])
+    assert verdict.failure == "no connection, 2 times"
+
+
+def test_pauses_double_and_heed_the_server(serve, monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr("vlmflow.tasks.judge.time.sleep", pauses.append)
+    server = serve(lambda request, before: (500, {}))
+    list(judge(server, attempts=4, pause=1.0).mark(RUBRIC, ANSWERS[:1]))
+    assert pauses == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "is the key in OPENAI_API_KEY right"), (404, "has it a model 'm'")])
+def test_a_refusal_of_all_ends_the_run(serve, status, hint):
+    said = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "invalid_api_key"}}
+    server = serve(lambda request, before: (status, said))
+    with pytest.raises(TaskError, match=hint) as caught:
+        list(judge(server, model="m").mark(RUBRIC, ANSWERS))
+    assert f"HTTP {status} invalid_api_key" in str(caught.value)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_key_is_nowhere(serve, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+
+    def script(request, before):
+        return [(429, {"error": {"message": KEY}}), reply("hm"), reply("0.5")][min(before, 2)]
+
+    server = serve(script)
+    ours = judge(server, cache=tmp_path / "cache")
+    found = list(ours.mark(RUBRIC, ANSWERS[:2]))
+    assert all(verdict.marks == (0.5,) for verdict in found)
+    ours.dry_run(RUBRIC, ANSWERS, tmp_path / "requests.jsonl")
+    seen = [repr(found), json.dumps(ours.to_dict(RUBRIC)), caplog.text]
+    seen += [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(seen) > 4
+    assert not [text for text in seen if KEY in text]
+
+
+@pytest.mark.parametrize(("value", "problem"), [(None, "is not set"), ("  ", "is not set"), ("k€y", "no key has")])
+def test_needs_a_key(serve, monkeypatch, value, problem):
+    server = serve(lambda request, before: reply("0.5"))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    if value is not None:
+        monkeypatch.setenv("MY_KEY", value)
+    with pytest.raises(TaskError, match=rf"MY_KEY .*{problem}"):
+        list(judge(server, key_variable="MY_KEY").mark(RUBRIC, ANSWERS))
+    assert not server.requests
+
+
+def test_needs_its_library(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(TaskError, match=r'pip install "vlmflow\[eval\]"'):
+        list(Judge().mark(RUBRIC, ANSWERS))
+
+
+def test_dry_run_sends_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    file = tmp_path / "new" / "requests.jsonl"
+    assert Judge(model="m").dry_run(RUBRIC, ANSWERS, file) == 6
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["sample"] for row in rows] == list("012345")
+    assert set(rows[0]) == {"sample", "model", "messages", "temperature", "max_tokens"}
+    assert [path.name for path in Path(file.parent).iterdir()] == ["requests.jsonl"]
+
+
+def test_the_record_holds_the_prompt(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://judge.example:8443/v1")
+    record = Judge(model="m").to_dict(RUBRIC)
+    assert record["endpoint"] == "https://judge.example:8443/v1"
+    assert (record["model"], record["rubric"], record["max_tokens"]) == ("m", "mm-vet-v1", 3)
+    assert record["template"] == RUBRIC.template
+
+
+def test_refuses_what_cannot_work_or_may_leak():
+    with pytest.raises(TaskError, match="attempts and workers must be at least 1"):
+        Judge(attempts=0)
+    for address in (f"https://me:{KEY}@x/v1", f"https://x/v1?key={KEY}", f"{KEY}", f"ftp://{KEY}/v1"):
+        with pytest.raises(TaskError, match="must be http") as caught:
+            Judge(base_url=address)
+        assert KEY not in str(caught.value)

@@ -1,0 +1,249 @@
+"""Prompts as text, and answer rules on the answers that models really give."""
+
+import pytest
+
+from vlmflow.tasks import TASKS, Picture, Sample, TaskError
+from vlmflow.tasks.answers import normal
+
+HINTED = Sample(
+    "1", (), "Which is it?", choices=("a cat", "a dog", "dark red"), answer="B", context="Two pets.\nBoth old."
+)
+PLAIN = Sample("2", (), "Is there a dog in the image?", answer="yes", group="random")
+OPEN = Sample("3", (), "What is {x}?", answer="-1<AND>-5", references=("Minus one.",), context="A board.", group="conv")
+
+PROMPTS = {
+    ("scienceqa", "paper"): (
+        "Context: Two pets.\nBoth old.\nWhich is it? Options: (A) a cat (B) a dog (C) dark red. "
+        "Answer with the option's letter from the given choices directly."
+    ),
+    ("scienceqa", "llava"): (
+        "Context: Two pets.\nBoth old.\nWhich is it?\nA. a cat\nB. a dog\nC. dark red\n"
+        "Answer with the option's letter from the given choices directly."
+    ),
+    ("scienceqa", "lmms"): (
+        "Context: Two pets.\nBoth old.\nWhich is it?\nA. a cat\nB. a dog\nC. dark red\n"
+        "Answer with the option's letter from the given choices directly."
+    ),
+    ("aokvqa", "paper"): (
+        "Analyse the image and choose the best answer for the following question: Which is it? "
+        "Options: (A) a cat (B) a dog (C) dark red. Output the letter of the correct answer."
+    ),
+    ("aokvqa", "llava"): (
+        "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
+        "Answer with the option's letter from the given choices directly."
+    ),
+    ("aokvqa", "fastv"): (
+        "\nAnalyse the image and choose the best answer for the following question:\nWhich is it?\n"
+        "Options: (A) a cat (B) a dog (C) dark red\nJust output the letter of the correct answer."
+    ),
+    ("pope", "paper"): "question: Is there a dog in the image? Please just answer yes or no.",
+    ("pope", "lmms"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+    ("pope", "llava"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+    ("nocaps", "paper"): "Provide a one-sentence caption for the provided image.",
+    ("nocaps", "lmms"): "Provide a one-sentence caption for the provided image.",
+    ("nocaps", "llava"): "Provide a one-sentence caption for the provided image.",
+    ("flickr30k", "paper"): "Provide a one-sentence caption for the provided image.",
+    ("flickr30k", "lmms"): "Provide a one-sentence caption for the provided image.",
+    ("flickr30k", "llava"): "Provide a one-sentence caption for the provided image.",
+    ("llava_bench", "paper"): "What is {x}?",
+    ("llava_bench", "lmms"): "What is {x}?",
+    ("llava_bench", "llava"): "What is {x}?",
+    ("mmvet", "paper"): "What is {x}?",
+    ("mmvet", "lmms"): (
+        "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
+        "What is {x}?"
+    ),
+    ("mmvet", "llava"): "What is {x}?",
+    ("easy_vqa", "paper"): "Is there a dog in the image?",
+    ("easy_vqa", "lmms"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+    ("easy_vqa", "llava"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+    ("pico", "paper"): "Is there a dog in the image?",
+    ("pico_captions", "paper"): "Is there a dog in the image?",
+    ("jsonl", "paper"): "Which is it? Options: (A) a cat (B) a dog (C) dark red. Answer with the option's letter.",
+    ("jsonl", "lmms"): (
+        "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
+        "Answer with the option's letter from the given choices directly."
+    ),
+    ("jsonl", "llava"): (
+        "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
+        "Answer with the option's letter from the given choices directly."
+    ),
+}  # fmt: skip
+SAMPLES = {"scienceqa": HINTED, "aokvqa": HINTED, "jsonl": HINTED, "llava_bench": OPEN, "mmvet": OPEN}
+
+
+def test_every_prompt_is_frozen():
+    assert set(PROMPTS) == {(name, style) for name, task in TASKS.items() for style in task.prompts}
+    for (name, style), text in PROMPTS.items():
+        assert TASKS[name].prompt(SAMPLES.get(name, PLAIN), style) == text, (name, style)
+
+
+def test_paper_is_the_default_and_names_are_checked():
+    for task in TASKS.values():
+        assert next(iter(task.prompts)) == "paper"
+    assert TASKS["pope"].prompt(PLAIN).startswith("question: ")
+    with pytest.raises(TaskError, match="aokvqa: prompt style must be one of paper, llava, fastv, got 'lmms'"):
+        TASKS["aokvqa"].prompt(HINTED, "lmms")
+    with pytest.raises(TaskError, match="pope: answer rule must be one of words, official, strict, got 'x'"):
+        TASKS["pope"].parse("yes", PLAIN, "x")
+
+
+def test_without_a_hint_or_choices():
+    bare = Sample("1", (), "Which?", choices=("x", "y"))
+    assert TASKS["scienceqa"].prompt(bare).startswith("Which? Options: (A) x (B) y. Answer")
+    assert TASKS["jsonl"].prompt(PLAIN) == PLAIN.question
+    assert TASKS["jsonl"].prompt(PLAIN, "llava").endswith("using a single word or phrase.")
+
+
+def test_presets_and_lengths():
+    captions = {"nocaps", "flickr30k", "llava_bench", "mmvet", "pico_captions"}
+    assert {name for name, task in TASKS.items() if task.preset == "caption"} == captions
+    assert {name: task.max_new_tokens for name, task in TASKS.items() if name in ("scienceqa", "nocaps", "mmvet")} == {
+        "scienceqa": 16,
+        "nocaps": 64,
+        "mmvet": 1024,
+    }
+
+
+LETTERS = {  # answer: by the default rule, strict, lmms, llava
+    "": (None, None, None, None),
+    "  \n": (None, None, None, None),
+    "B": ("B", "B", "B", "B"),
+    " B\n": ("B", "B", "B", "B"),
+    "b": ("B", None, "B", None),
+    "(B)": ("B", None, None, None),
+    "(b)": ("B", None, None, None),
+    "[B]": ("B", None, None, None),
+    "**B**": ("B", None, None, None),
+    "B.": ("B", None, "B", None),
+    "b. a dog": ("B", None, None, None),
+    "B. a dog": ("B", None, "B", "B"),
+    "B. A dog, not A cat": ("B", None, "B", "B"),
+    "B: a dog": ("B", None, None, None),
+    "B) a dog": ("B", None, None, None),
+    "The answer is B.": ("B", None, None, "B"),
+    "The answer is B": ("B", None, None, None),
+    "the correct answer is (B), a dog": ("B", None, None, None),
+    "Answer: B": ("B", None, None, None),
+    "The correct option is B because of the tail.": ("B", None, None, None),
+    "It is B": ("B", None, None, None),
+    "A": ("A", "A", "A", "A"),
+    "A dog": ("B", None, None, None),
+    "A cat sits there": ("A", None, None, None),
+    "a dog": ("B", None, None, None),
+    "A DOG.": ("B", None, None, None),
+    "I see a dog here": ("B", None, None, None),
+    "a dog and a cat": (None, None, None, None),
+    "A or B": (None, None, None, None),
+    "A, B": (None, None, None, None),
+    "A. a cat B. a dog": (None, None, "A", "A"),
+    "The answer is A. The answer is B.": (None, None, None, None),
+    "Not B": (None, None, None, None),
+    "It is not (B)": (None, None, None, None),
+    "D": (None, None, None, None),
+    "(D)": (None, None, None, None),
+    "The answer is D.": (None, None, None, None),
+    "Dark red": ("C", None, None, None),
+    "I don't know": (None, None, None, None),
+    "Because": (None, None, None, None),
+    "yes": (None, None, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scienceqa", "aokvqa"])
+@pytest.mark.parametrize("text", LETTERS)
+def test_letters(name, text):
+    task = TASKS[name]
+    assert tuple(task.parse(text, HINTED, rule) for rule in ("letter", "strict", "lmms", "llava")) == LETTERS[text]
+    assert task.parse(text, HINTED) == LETTERS[text][0]
+
+
+def test_a_choice_within_a_choice():
+    sample = Sample("1", (), "?", choices=("red", "dark red", "blue", "blue"), answer="B")
+    parse = TASKS["aokvqa"].parse
+    assert parse("dark red", sample) == "B"
+    assert parse("It looks dark red to me", sample) == "B"
+    assert parse("red", sample) == "A"
+    assert parse("blue", sample) is None  # two choices say so
+    assert parse("redder", sample) is None
+
+
+def test_a_choice_that_holds_a_letter():
+    sample = Sample("1", (), "?", choices=("neither", "sample A", "sample B"), answer="C")
+    parse = TASKS["scienceqa"].parse
+    assert parse("sample B", sample) == "C"
+    assert parse("It is sample B.", sample) == "C"
+    assert parse("Sample A", sample) == "B"
+    assert parse("C", sample) == "C"
+    assert parse("The answer is C, sample B", sample) == "C"
+    assert parse("C because neither moves", sample) is None
+
+
+def test_fastv_rule_looks_for_the_right_letter_anywhere():
+    parse = TASKS["aokvqa"].parse
+    assert parse("AB", HINTED, "fastv") == "B"
+    assert parse("A", HINTED, "fastv") is None
+
+
+YES_NO = {  # answer: by the default rule, official, strict
+    "Yes": ("yes", "yes", "yes"),
+    "yes.": ("yes", "yes", None),
+    "No": ("no", "no", "no"),
+    "NO": ("no", "yes", "no"),
+    " no \n": ("no", "no", "no"),
+    "No, there is no dog.": ("no", "no", None),
+    "Yes, there is a dog. No cat though.": (None, "yes", None),
+    "Yes, there is no dog in the image.": (None, "no", None),
+    "There is not a dog": (None, "no", None),
+    "There isn't": (None, "yes", None),
+    "": (None, "yes", None),
+    "maybe": (None, "yes", None),
+    "Nothing known": (None, "yes", None),
+    "yes yes yes": ("yes", "yes", None),
+    "Yes\nNo": (None, "yes", None),
+}
+
+
+@pytest.mark.parametrize("text", YES_NO)
+def test_yes_or_no(text):
+    task = TASKS["pope"]
+    assert tuple(task.parse(text, PLAIN, rule) for rule in ("words", "official", "strict")) == YES_NO[text]
+    assert task.parse(text, PLAIN) == YES_NO[text][0]
+
+
+def test_unparsed_answers_are_wrong_and_counted():
+    for name, sample in (("pope", PLAIN), ("scienceqa", HINTED), ("aokvqa", HINTED)):
+        task = TASKS[name]
+        outcomes = [task.outcome(sample, text) for text in ("", sample.answer, "hm", "hm")]
+        metric = task.metric(outcomes)
+        assert metric["unparsed"] == 3
+        assert metric["excluded"] == 0
+        assert metric["value"] == 25
+
+
+def test_free_text():
+    for name in ("nocaps", "flickr30k", "mmvet", "llava_bench", "pico", "jsonl"):
+        assert TASKS[name].parse(" A dog\n\nruns. ", PLAIN) == "A dog runs."
+        assert TASKS[name].parse(" \n", PLAIN) is None
+    easy = Sample("1", (), "?", choices=("red", "yes", "no"), answer="red")
+    parse = TASKS["easy_vqa"].parse
+    assert [parse(text, easy) for text in ("Red.", "it is red", "red or no", "", "reddish", "green")] == [
+        "red", "red", None, None, None, None,
+    ]  # fmt: skip
+
+
+def test_own_questions():
+    task = TASKS["jsonl"]
+    sample = Sample(
+        "1", (Picture("x", b""),), "?", answer="the Eiffel Tower", references=("the Eiffel Tower", "Eiffel")
+    )
+    scores = [task.outcome(sample, text).score for text in ("eiffel tower.", " Eiffel ", "Louvre", "")]
+    assert scores == [1, 1, 0, 0]
+    assert task.outcome(HINTED, "the answer is B").score == 1
+    assert task.outcome(HINTED, "the answer is B", rule="strict").parsed is None
+
+
+def test_normal():
+    assert normal("  The  RED   car.\n") == "red car"
+    assert normal("'An apple!'") == "apple"
+    assert normal("") == ""
