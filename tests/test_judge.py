@@ -213,11 +213,11 @@ def test_unreadable_replies_are_asked_for_again_warmer(serve, tmp_path):
 def test_time_out(serve):
     def script(request, before):
         if before < 2:
-            time.sleep(0.5)
+            time.sleep(3)
         return reply("0.5")
 
     server = serve(script)
-    (verdict,) = judge(server, timeout=0.15).mark(RUBRIC, ANSWERS[:1])
+    (verdict,) = judge(server, timeout=1.0).mark(RUBRIC, ANSWERS[:1])
     assert (verdict.marks, verdict.asked) == ((0.5,), 3)
     server = serve(lambda request, before: (time.sleep(0.5), reply("0.5"))[1])
     (verdict,) = judge(server, timeout=0.1, attempts=2).mark(RUBRIC, ANSWERS[:1])
