@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vlmflow.pico.easy import easy_pictures
-from vlmflow.pico.questions import KINDS, LONG, SHORT, Question
+from vlmflow.pico.questions import LONG, SHORT, Question
 from vlmflow.pico.scenes import PATCH, Scene, Split, make_scene, patch_labels
 from vlmflow.pico.text import BOS, EOS, PAD, SYSTEM
 
@@ -61,14 +61,14 @@ def normalise(pixels: np.ndarray) -> Float[Tensor, "scenes 3 canvas canvas"]:
 
 
 def scene_example(split: Split, seed: int, canvas: int, counts: tuple[int, int], questions: tuple[int, int]) -> Example:
-    """A scene and its questions: questions[0] short ones and questions[1] long ones, kinds drawn evenly."""
+    """A scene and its questions: questions[0] short ones and questions[1] long ones."""
     scene = make_scene(split, seed, canvas, counts)
     rng = random.Random(f"questions {split} {seed} {canvas}")
     asked: list[list[Question]] = []
-    for number, kinds in zip(questions, (SHORT, LONG), strict=True):
+    for number, families in zip(questions, (SHORT, LONG), strict=True):
         group: list[Question] = []
         while len(group) < number:
-            if question := KINDS[rng.choice(tuple(kinds))](rng, scene):
+            if question := rng.choice(rng.choice(families))(rng, scene):
                 group.append(question)
         asked.append(group)
     return Example(scene.pixels, tuple(asked), scene)

@@ -230,14 +230,19 @@ def caption(_: random.Random, scene: Scene) -> Question | None:
     return Question("caption", "Describe the picture.", tuple(dict.fromkeys(sentences)))
 
 
-SHORT: dict[str, Callable[[random.Random, Scene], Question | None]] = {
-    kind.__name__: kind
-    for kind in (
-        exist_random, exist_popular, exist_adversarial, exist_pair, exist_colour, colour, colour_none, identity,
-        identity_none, position, count,
-    )
-}  # fmt: skip
-LONG: dict[str, Callable[[random.Random, Scene], Question | None]] = {
-    kind.__name__: kind for kind in (choice_colour, choice_identity, choice_position, choice_knowledge, caption)
+# Training draws a family evenly, then a kind of it.
+SHORT = (
+    (exist_random, exist_popular, exist_adversarial),
+    (exist_pair,),
+    (exist_colour,),
+    (colour,),
+    (colour_none,),
+    (identity,),
+    (identity_none,),
+    (position,),
+    (count,),
+)
+LONG = ((choice_colour,), (choice_identity,), (choice_position,), (choice_knowledge,), (caption,))
+KINDS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
+    kind.__name__: kind for family in (*SHORT, *LONG) for kind in family
 }
-KINDS = SHORT | LONG
