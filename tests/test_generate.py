@@ -5,7 +5,8 @@ import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+import transformers
+from transformers import DynamicCache, StaticCache
 
 import oracles
 import tiny
@@ -118,19 +119,16 @@ def test_assisted_decoding(llava, pruner):
     """The drafts that the first pass carries behind the prompt have no say in the pruning."""
     sample = llava.samples[0]
     expected = greedy(llava.model, sample, pruner)[0]
+    lookup = {"prompt_lookup_num_tokens": 3, "eos_token_id": tiny.END}  # without an end, older ones cannot look up
     with prune(llava.model, pruner):
-        out = llava.model.generate(**sample, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+        out = llava.model.generate(**sample, max_new_tokens=NEW, do_sample=False, **lookup)
     assert torch.equal(out[:, -NEW:], expected)
 
 
 def test_assistant_model(llava):
-    config = copy.deepcopy(llava.model.config.text_config)
-    config.num_hidden_layers = 2
-    torch.manual_seed(0)
-    assistant = AutoModelForCausalLM.from_config(config).eval()
-    assistant.generation_config.eos_token_id = None
     sample = llava.samples[0]
     expected = greedy(llava.model, sample)[0]
+    assistant = copy.deepcopy(tiny.build("llava", layers=2).model)
     with prune(llava.model, HIMAP):
         out = llava.model.generate(**sample, max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
     assert torch.equal(out[:, -NEW:], expected)
@@ -211,6 +209,10 @@ def test_inputs_embeds(family):
         assert len(trace.kept[4][0]) == len(kept[0])
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 12),
+    reason="transformers itself mixed up the threads' image features",
+)
 def test_threads(llava):
     """Threads that share an attached model each get their own right answer, and their own trace."""
     samples = llava.samples

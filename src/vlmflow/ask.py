@@ -23,9 +23,9 @@ class Run:
 
     @property
     def steps(self) -> str:
-        """The number of image tokens from stage to stage, such as ``576 → 288 → 72``."""
+        """The number of image tokens from stage to stage, such as ``576→288→72``."""
         counts = [self.image_tokens[0], *(len(kept) for kept in self.stages.values())]
-        return " → ".join(map(str, counts))
+        return "→".join(map(str, counts))
 
     def to_dict(self) -> dict[str, Any]:
         """The run in JSON's own types."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
+)
+LEGEND = (
+    "Image tokens by stage and in the mean over layers; prefill FLOPs by the paper's Eq. 10 and counted exactly, and "
+    "KV cache, as shares of the unpruned run."
 )
 out, notes = Console(), Console(stderr=True)
 
@@ -70,12 +75,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def pruners() -> None:
     """List the pruning methods: their fields with defaults, what they do, where they come from."""
-    table = Table("name", "fields and defaults", "what it does", "source")
+    table = Table("name", "fields and defaults", "what it does", "source", box=SIMPLE_HEAD, pad_edge=False)
     for name, cls in PRUNERS.items():
         lines = (inspect.getdoc(cls) or "").split("\n")
         source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "a control")
         defaults = ", ".join(f"{field.name}={field.default}" for field in fields(cls)) or "none"
-        table.add_row(name, defaults, lines[0], source.rstrip("."))
+        table.add_row(name, defaults, lines[0].replace("``", ""), source.rstrip("."))
     out.print(table)
     out.print("Layers scale with the model's depth unless they are set.")
 
@@ -85,7 +90,7 @@ def models() -> None:
     """List the model families that work."""
     from vlmflow.models import FAMILIES
 
-    table = Table("model_type", "known as")
+    table = Table("model_type", "known as", box=SIMPLE_HEAD, pad_edge=False)
     table.add_row("pico", "the embedded model (a LLaVA of 5 million weights)")
     for model_type, known_as in FAMILIES.items():
         table.add_row(model_type, known_as)
@@ -166,11 +171,17 @@ def print_runs(runs: dict[str, Run]) -> None:
     for name, one in runs.items():
         table.add_row(name, one.answer.text, *cost_cells(one))
     out.print(table)
+    out.print(LEGEND)
 
 
 def cost_table(*columns: str) -> Table:
-    """A table whose last columns are what pruning saves."""
-    return Table("method", *columns, "image tokens", "mean/layer", "FLOPs Eq. 10", "FLOPs exact", "KV cache")
+    """A table whose last columns are what pruning saves; ``LEGEND`` says what they mean."""
+    table = Table(
+        "method", *columns, "image tokens", "a layer", "Eq. 10", "FLOPs", "KV", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for column in table.columns:
+        column.no_wrap = column.header != "answer"
+    return table
 
 
 def cost_cells(one: Run) -> list[str]:
@@ -230,14 +241,17 @@ def demo(
     sample, question = asked[0]
     first = Question(question.text, (open_image(sample.image),))
     seconds = prefill_seconds(vlm.model, vlm.encode([first]), list(methods.values()), repeats=9)
-    table = cost_table("answer", f"right of {len(asked)}")
-    table.add_column("prefill time")
+    table = cost_table("answer", f"right/{len(asked)}")
+    table.add_column("prefill")
     for (name, one), taken in zip(shown.items(), seconds, strict=True):
         mark = "✓" if one.answer.text in question.answers else "✗"
         ratio = f"{taken / seconds[0]:.0%}"
         table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
-    out.print(f"The answers are to “{question.text}” about {sample.image.name}; shares are of the unpruned run.")
+    out.print(
+        f"“{question.text}” about {sample.image.name}, and how many of {len(asked)} questions were answered right:"
+    )
     out.print(table)
+    out.print(f"{LEGEND} Prefill: measured time, likewise.")
     record = {"versions": versions(), "asked": len(asked), "right": right}
     record["runs"] = {name: one.to_dict() for name, one in shown.items()}
     with refusals():

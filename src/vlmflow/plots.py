@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-_CELL = 1.9  # inches that one picture takes
+_WIDTH = 2.2  # inches that one picture takes
+_COLUMNS = 4
 _FADED = 0.82  # how far a dropped patch goes towards white
 
 
@@ -20,29 +21,29 @@ def kept_patches(
     methods: Mapping[str, Mapping[int, Sequence[int]]],
     title: str,
 ) -> None:
-    """Draw which patches each method kept: a row a method, a column a stage, dropped patches faded.
+    """Draw the images, then what each method kept of them at each stage, dropped patches faded.
 
     ``grids`` gives rows and columns of each image's tokens; ``methods`` maps a label to its stages: layer -> numbers of
     the image tokens that stayed.
     """
     strip, cells = _side_by_side(images, grids)
-    n_columns = 1 + max([1, *(len(stages) for stages in methods.values())])
-    height = strip.shape[0] / strip.shape[1]
-    figure = Figure(figsize=(_CELL * n_columns, (_CELL * height + 0.28) * len(methods) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=9, wrap=True)
-    axes = figure.subplots(len(methods), n_columns, squeeze=False)
-    n_tokens = sum(rows * columns for rows, columns in grids)
-    for row, (label, stages) in zip(axes, methods.items(), strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        row[0].imshow(strip)
-        row[0].set_title(label, fontsize=8, loc="left", fontweight="bold")
-        for axis, (layer, kept) in zip(row[1:], stages.items(), strict=False):
-            axis.imshow(_fade(strip, cells, kept))
-            axis.set_title(f"layer {layer} on: {len(kept)} of {n_tokens}", fontsize=7)
+    panels = [("what the model sees", f"{len(cells)} image tokens", strip)]
+    for label, stages in methods.items():
+        for layer, kept in stages.items():
+            panels.append((label, f"from layer {layer} on: {len(kept)} tokens", _fade(strip, cells, kept)))
+    n_rows = -(-len(panels) // _COLUMNS)
+    height = _WIDTH * strip.shape[0] / strip.shape[1] + 0.45
+    figure = Figure(figsize=(_WIDTH * _COLUMNS, height * n_rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=11, wrap=True)
+    axes = figure.subplots(n_rows, _COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (label, caption, picture) in zip(axes, panels, strict=False):
+        axis.imshow(picture)
+        axis.set_title(f"{label}\n{caption}", fontsize=8, loc="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=160)
+    figure.savefig(partial, format=path.suffix[1:], dpi=150)
     partial.replace(path)
 
 

@@ -151,7 +151,7 @@ class HiMAP(Pruner):
     them in layer ``k1 - 1`` (Eq. 8). Before layer ``k2`` a share ``r2`` of the rest is dropped by the attention that
     they receive from each other in layer ``k2 - 1`` (Eq. 9, column sums).
 
-    Source: section 4.1, Table 3.
+    Source: HiMAP (CVPR 2025), section 4.1 and Table 3.
     Departs: Eq. 9's indices say what a token gives; its text, and the released code, say what it receives.
     """
 
@@ -251,7 +251,7 @@ class FastV(Pruner):
 class VTW(Pruner):
     """Visual tokens withdrawal: from layer ``k`` on the model sees text only.
 
-    Source: VTW (AAAI 2025); ``flow`` can search for ``k``.
+    Source: VTW (AAAI 2025).
     """
 
     k: int = 16

@@ -355,8 +355,9 @@ class Session:
         prefill = self._prefills.mine()
         if prefill is None or not prefill.is_pruned:
             return None
-        hidden = prefill.add_deepstack(len(self._target.layers), output)
-        return prefill.restore_length(hidden)
+        hidden, *rest = output if isinstance(output, tuple) else (output,)  # a tuple in transformers 5.0
+        hidden = prefill.restore_length(prefill.add_deepstack(len(self._target.layers), hidden))
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
 
 
 def _follows_prompt(image: Tensor, kwargs: dict[str, Any]) -> Bool[Tensor, "batch length"]:

@@ -1,0 +1,136 @@
+"""The command line as a user meets it: on the embedded model, with good and with bad input."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+from PIL import Image
+from transformers import LlamaConfig
+
+from vlmflow.pico import MODEL_DIR, samples
+from vlmflow.pruners import PRUNERS
+
+SCENE = samples()[0]
+ASK = ["--prompt", SCENE.questions[0].text]
+
+
+def vlmflow(*args, cwd=None, offline=True):
+    """Run the command in a process of its own."""
+    import os
+
+    env = {**os.environ, "HF_HUB_OFFLINE": "1" if offline else "0", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "vlmflow.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+def refused(run):
+    """One line on stderr, exit code 2, nothing on stdout; returns the line."""
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    (line,) = run.stderr.strip().split("\n")
+    assert "Traceback" not in line
+    return line
+
+
+def test_run_saves_a_record_and_a_picture(tmp_path):
+    run = vlmflow("run", "--image", SCENE.image, *ASK, "--compare", "--json", "--save", tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout.strip().split("\n")[-1])
+    assert record["runs"].keys() == PRUNERS.keys()
+    assert json.loads((tmp_path / "out/record.json").read_text()) == record
+    himap = record["runs"]["himap"]
+    assert himap["pruner"] == {"name": "himap", "k1": 1, "r1": 0.5, "k2": 3, "r2": 0.75}
+    assert himap["image_tokens"] == [576] + [288] * 2 + [72] * 7
+    assert len(himap["stages"]["3"]) == 72
+    assert himap["cost"]["shares"]["exact_flops"] < record["runs"]["fastv"]["cost"]["shares"]["exact_flops"] < 1
+    with Image.open(tmp_path / "out/patches.png") as picture:
+        picture.load()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["patches.png", "record.json"]
+
+
+def test_run_with_settings_and_several_images():
+    two = ["--image", SCENE.image, "--image", samples()[1].image]
+    run = vlmflow("run", *two, *ASK, "--pruner", "fastv", "--set", "k=4", "--set", "ratio=0.9", "--json")
+    assert run.returncode == 0, run.stderr
+    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    assert only["image_tokens"] == [1152] * 4 + [115] * 6
+
+
+def test_demo(tmp_path):
+    run = vlmflow("demo", "--limit", "1", "--out", tmp_path / "demo")
+    assert run.returncode == 0, run.stderr
+    for name in PRUNERS:
+        assert name in run.stdout
+    assert (tmp_path / "demo/patches.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "demo/record.json").read_text())["asked"] == len(SCENE.questions)
+
+
+def test_lists():
+    assert all(name in vlmflow("pruners").stdout for name in PRUNERS)
+    assert "qwen2_5_vl" in vlmflow("models").stdout
+    assert vlmflow("--version").stdout.startswith("vlmflow 0.")
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["pruners"], ["models"]])
+def test_help(command):
+    run = vlmflow(*command, "--help")
+    assert run.returncode == 0
+    assert "Usage" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Images that are none, and model folders that are none."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("not an image")
+    (folder / "cut.png").write_bytes(SCENE.image.read_bytes()[:900])
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
+    bare = folder / "bare"
+    bare.mkdir()
+    for path in MODEL_DIR.iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
+    LlamaConfig().save_pretrained(folder / "llama")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--image", "gone.png"], "no image file at gone.png"),
+        (["--image", "empty.png"], "empty.png is empty"),
+        (["--image", "text.png"], "text.png is no image"),
+        (["--image", "cut.png"], "cut.png is broken"),
+        (["--image", "huge.png"], "huge.png has more than"),
+        (["--pruner", "himapp"], "unknown pruner 'himapp'; choose from"),
+        (["--set", "k9=1"], "no field 'k9'; its fields are k1, r1, k2, r2"),
+        (["--set", "r1=2"], "r1 must be a share in [0, 1), got 2.0"),
+        (["--set", "k1"], "--set wants field=value"),
+        (["--set", "k2=12"], "prunes before layer 12, but this model allows layers 1 to 9"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--model", "bare"], "no weights"),
+        (["--model", "llama"], "cannot load 'llama'"),
+        (["--model", "nothing"], "cannot load 'nothing'"),
+        (["--model", "some/where"], "hub cannot be reached"),
+        (["--dtype", "float99"], "dtype must be auto or"),
+        (["--device", "toaster"], "device 'toaster'"),
+        (["--save", "text.png"], "--save wants a folder"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(files, args, says):
+    default = {"--image": str(SCENE.image), "--prompt": SCENE.questions[0].text, "--save": "out"}
+    default[args[0]] = args[1]
+    run = vlmflow("run", *[part for pair in default.items() for part in pair], cwd=files)
+    assert says in refused(run)
+    assert not (files / "out").exists()
