@@ -27,5 +27,5 @@ class Stage:
 STAGES = (
     Stage("align", 96, (3, 5), 1200, scenes=48, part=12, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
     Stage("detect", 56, (1, 2), 300, scenes=16, part=4, questions=(16, 0)),
-    Stage("choose", 96, (1, 4), 500, scenes=16, part=4, questions=(12, 4)),
+    Stage("choose", 96, (1, 4), 500, 16, 4, questions=(12, 4), muon_rate=0.015, adam_rate=1.5e-3),
 )

@@ -227,7 +227,7 @@ class Run:
                 saved = time.monotonic()
             if self.stop.is_set():
                 return reached(step + 1)
-        return Progress(done.stage + 1, 0, lesson.model.state_dict(), average)
+        return Progress(done.stage + 1, 0, average, average)
 
     def exam(self, stage: Stage, weights: dict[str, Tensor], split: Split) -> Report:
         """How the averaged weights do on scenes that training never shows: summed reports as in training."""
