@@ -1,0 +1,112 @@
+"""Answers as token ids: checked, appended to prompts for teacher forcing, and spelled as a model would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+Answer = int | Sequence[int | Sequence[int]] | Int[Tensor, " batch"]
+
+_TYPE_IDS = {"paligemma": 1}  # model type -> token_type_ids of an answer; there 1 is the suffix, which is causal
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text."""
+        ...
+
+
+def spellings(tokenizer: Tokenizer, prompt: str, answer: str) -> list[tuple[int, ...]]:
+    """The token ids that may spell an answer behind a prompt: with a space before it, and without.
+
+    Which of the two a model writes depends on how its prompts were joined with answers in training, so ask the model:
+    ``likeliest(spellings(...), logits)``. Spellings that would change the prompt's own tokens are left out.
+
+    Departs: the released script takes the id of the bare letter, "A", where LLaVA writes " A", which is another one.
+
+    Raises:
+        ValueError: an answer without a token.
+    """
+    head, word = tokenizer.encode(prompt, add_special_tokens=False), answer.strip()
+    found = []
+    for text in (" " + word, word) if word else ():
+        whole = tokenizer.encode(prompt + text, add_special_tokens=False)
+        ids = tuple(whole[len(head) :])
+        if whole[: len(head)] == head and ids and ids not in found:
+            found.append(ids)
+    if not found:
+        raise ValueError(f"spellings: no token spells {answer!r} behind the prompt; give its token ids")
+    return found
+
+
+def likeliest(spellings: Sequence[Sequence[int]], logits: Float[Tensor, " vocab"]) -> tuple[int, ...]:
+    """The spelling whose first token the model likes best, by its logits behind the prompt; of equals the first."""
+    return tuple(max(spellings, key=lambda ids: float(logits[ids[0]])))
+
+
+def answers_of(
+    target: Answer, inputs: Mapping[str, Any], vocabulary: int, first_only: bool = False
+) -> list[tuple[int, ...]]:
+    """One sequence of token ids for each sample.
+
+    Raises:
+        ValueError: not one answer for each sample, one without a token, or an id outside the vocabulary.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise ValueError("saliency: inputs hold no input_ids, by which image tokens are known; pass them")
+    batch = ids.shape[0]
+    if isinstance(target, Tensor):
+        target = target.tolist()
+    each = [target] * batch if isinstance(target, int) else list(target)
+    if len(each) != batch:
+        raise ValueError(f"saliency: target has {len(each)} answers for a batch of {batch}; give one for each sample")
+    answers = [(answer,) if isinstance(answer, int) else tuple(map(int, answer)) for answer in each]
+    for sample, answer in enumerate(answers):
+        if not answer:
+            raise ValueError(f"saliency: the answer of sample {sample} has no token; leave the sample out")
+        for token in answer:
+            if not 0 <= token < vocabulary:
+                raise ValueError(
+                    f"saliency: the answer of sample {sample} has token {token}, outside the vocabulary of "
+                    f"{vocabulary}; encode it with the model's own tokenizer"
+                )
+    return [answer[:1] for answer in answers] if first_only else answers
+
+
+def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], model_type: str) -> dict[str, Any]:
+    """Append all but the last token of each answer to its prompt; shorter answers are filled up with padding.
+
+    Raises:
+        ValueError: prompts that are padded on the right, or come with position ids of their own where these are short.
+    """
+    ids: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask[..., -1].all()):
+        raise ValueError("saliency: prompts are padded on the right; pad on the left, where they end together")
+    more = max(map(len, answers)) - 1
+    if not more:
+        return dict(inputs)
+    if inputs.get("position_ids") is not None:
+        raise ValueError("saliency: the answer needs positions as well; leave position_ids out, or use over='first'")
+    filled = [[*answer[:-1], *[answer[0]] * (more + 1 - len(answer))] for answer in answers]
+    real = [[1] * (len(answer) - 1) + [0] * (more + 1 - len(answer)) for answer in answers]
+    extended = dict(inputs)
+    extended["input_ids"] = torch.cat([ids, ids.new_tensor(filled)], 1)
+    mask = torch.ones_like(ids) if mask is None else mask
+    extended["attention_mask"] = torch.cat([mask, mask.new_tensor(real)], 1)
+    kind = _TYPE_IDS.get(model_type, 0)
+    if kind and inputs.get("token_type_ids") is None:
+        extended["token_type_ids"] = torch.zeros_like(ids)
+    for name, value in extended.items():
+        if name not in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.shape == ids.shape:
+            extended[name] = pad(value, (0, more), value=kind if name == "token_type_ids" else 0)
+    return extended

@@ -1,0 +1,336 @@
+"""Saliency: how much each attention weight matters to the loss, summed over segments; no attention map is ever kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlmflow.attention import QueryRows
+from vlmflow.engine import TappedCall, attach
+from vlmflow.engine.target import Target
+from vlmflow.flow.answer import Answer, answers_of, extend
+from vlmflow.layout import SEGMENTS, Layout
+
+Form = Literal["paper", "released"]
+
+_TILE_BUDGET = 1 << 20  # attention weights alive at once in the backward pass (4 MB in float32, a few times over)
+_SYSTEM, _IMAGE, _INSTRUCTION = range(3)  # as SEGMENTS are ordered
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Importance of information flow, by layer: from each position into each segment.
+
+    ``flow[l, b, t, j]`` is the sum, over the queries i of segment t, of I_l(i, j): flow from position j of sample b
+    into the segment. Segments are numbered as ``SEGMENTS``: system, image, instruction. Positions count from the left
+    of the padded prompt; in teacher forcing the answer follows it, as part of the instruction.
+
+    ``form`` is the quantity I: ``paper``, |sum over heads of A * dL/dA| (Eq. 1), or ``released``, the mean over heads
+    of |A * A * dL/dA|, with the released script's sums. ``loss`` is that of each sample. ``maps`` are the whole
+    I_l(i, j) of the layers that were asked for, on the CPU.
+
+    The five measures are (layer, batch). A segment without tokens has no mean: its measure is nan.
+    """
+
+    form: Form
+    layout: Layout
+    loss: Float[Tensor, " batch"]
+    flow: Float[Tensor, "layer batch segment position"]
+    maps: Mapping[int, Float[Tensor, "batch query key"]]
+
+    @cached_property
+    def blocks(self) -> Float[Tensor, "layer batch target source"]:
+        """Sums of I over queries of one segment (target) and keys of another (source), in float64."""
+        return torch.einsum("lbtj,bsj->lbts", self.flow.double(), self._members.to(self.flow.device))
+
+    @property
+    def s_sys(self) -> Float[Tensor, "layer batch"]:
+        """Importance of the flow from system tokens to all, per system token (Eq. 2).
+
+        The released form sums rows instead of columns: the flow from all *to* system tokens.
+        """
+        return self._mean(_SYSTEM)
+
+    @property
+    def s_img(self) -> Float[Tensor, "layer batch"]:
+        """Importance of the flow from image tokens to all, per image token (Eq. 3). The released form as in Eq. 2."""
+        return self._mean(_IMAGE)
+
+    @property
+    def s_ins(self) -> Float[Tensor, "layer batch"]:
+        """Importance of the flow from instruction tokens to all, per such token (Eq. 4). Released as in Eq. 2."""
+        return self._mean(_INSTRUCTION)
+
+    @property
+    def s_vv(self) -> Float[Tensor, "layer batch"]:
+        """Importance of intra-visual flow, from image tokens to image tokens, per image token (Eq. 5).
+
+        The released form is the plain sum.
+        """
+        return self._from_image(_IMAGE)
+
+    @property
+    def s_vt(self) -> Float[Tensor, "layer batch"]:
+        """Importance of visual-textual flow, from image tokens to the instruction, per image token.
+
+        The released form is the plain sum.
+
+        Source: Eq. 6.
+        Departs: its indices say i in V, j in I, flow from the instruction into the image, which a causal mask forbids;
+        the text says from the image into the instruction, and so does the released code.
+        """
+        return self._from_image(_INSTRUCTION)
+
+    def patches(self, sample: int, into: str = "instruction") -> Float[Tensor, "layer image"]:
+        """Importance of the flow from each image token of a sample into a segment: which patches mattered.
+
+        Raises:
+            ValueError: unknown segment.
+        """
+        if into not in SEGMENTS:
+            raise ValueError(f"Saliency.patches: into must be one of {', '.join(SEGMENTS)}, got {into!r}")
+        image = self.layout.image[sample].to(self.flow.device)
+        return self.flow[:, sample, SEGMENTS.index(into)][:, image]
+
+    @cached_property
+    def _members(self) -> Float[Tensor, "batch segment position"]:
+        return _members(self.layout).double()
+
+    def _mean(self, segment: int) -> Tensor:
+        total = self.blocks[:, :, segment].sum(2) if self.form == "released" else self.blocks[..., segment].sum(2)
+        return total / self._count(segment)
+
+    def _from_image(self, segment: int) -> Tensor:
+        total = self.blocks[:, :, segment, _IMAGE]
+        return total if self.form == "released" else total / self._count(_IMAGE)
+
+    def _count(self, segment: int) -> Tensor:
+        return self._members[:, segment].sum(1).to(self.flow.device)
+
+
+def saliency(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    target: Answer,
+    *,
+    over: Literal["first", "mean"] = "first",
+    form: Form = "paper",
+    record: Collection[int] = (),
+    checkpointing: bool = False,
+    loss_scale: float = 1.0,
+) -> Saliency:
+    """Importance of information flow, |sum over heads of A * dL/dA|, in every layer (Eq. 1), summed over segments.
+
+    ``inputs`` are what the model's forward takes, one prompt or a left-padded batch. ``target`` is the answer: a token
+    id, or for each sample a token id or a sequence of them. L is the cross-entropy of its first token, or with
+    ``over="mean"`` the mean over its tokens, each given the ones before. A batch has each sample's own L, as if alone.
+
+    ``record`` names layers whose whole maps are kept, on the CPU: (batch, query, key) in float32. ``checkpointing``
+    recomputes each layer in the backward pass instead of keeping its activations (its q, k and v stay). A float16
+    model's gradients may vanish: ``loss_scale`` multiplies L before the backward pass and divides after.
+
+    How: A only feeds O = A V, so dL/dA = dL/dO V^T. The model's own kernel runs; a hook on its output gets dL/dO in
+    the backward pass and, a few query rows at a time, computes A and dL/dA of all heads anew, reduces, and forgets.
+    Memory grows linearly with the prompt, if the kernel's does: load with sdpa or flash attention, not eager. No
+    weight gets a gradient: weights are frozen meanwhile, and the text embeddings, made a leaf, carry the graph.
+
+    Source: Eq. 1; ``form="released"`` is what the released script computes instead.
+    Departs: Eq. 1 leaves open which token L is about when the answer is text; the first, as the script has it, or all.
+
+    Raises:
+        TypeError: a model that the engine cannot serve.
+        ValueError: an answer that is empty, outside the vocabulary or not one for each sample; a sample without
+            image or without instruction; padding on the right; an unknown form, ``over`` or layer; a model in
+            training mode, or one that already has a session.
+    """
+    found = Target.find(model)
+    n_layers = len(found.layers)
+    _check(form, over, record, n_layers, model)
+    vocabulary = found.core.config.get_text_config(decoder=True).vocab_size
+    answers = answers_of(target, inputs, vocabulary, first_only=over == "first")
+    inputs = extend(inputs, answers, found.core.config.model_type)
+    collector = Collector(tuple(range(n_layers)), form, frozenset(record), loss_scale)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_frozen(model))
+        leaves = stack.enter_context(_leaf(found.core.get_input_embeddings()))
+        if checkpointing:
+            stack.enter_context(_checkpointed(found.layers))
+        stack.enter_context(attach(model, taps=[collector]))
+        keep = max(map(len, answers))
+        logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, -keep:]
+        loss = _loss(logits, answers)
+        (loss_scale * loss.sum()).backward(inputs=leaves)
+    assert collector.layout is not None
+    flow = torch.stack([collector.flow[layer] for layer in range(n_layers)])
+    return Saliency(form, collector.layout, loss.detach(), flow, collector.maps)
+
+
+class Collector:
+    """A tap that lets every layer's kernel run, and sums up saliency when the gradient of its output comes back."""
+
+    def __init__(self, layers: tuple[int, ...], form: Form, record: frozenset[int], loss_scale: float):
+        self.layers = layers
+        self.form: Form = form
+        self.record = record
+        self.loss_scale = loss_scale
+        self.layout: Layout | None = None
+        self.flow: dict[int, Tensor] = {}
+        self.maps: dict[int, Tensor] = {}
+        self._members: Tensor | None = None
+
+    def __call__(self, call: TappedCall) -> tuple[Tensor, Any]:
+        """Run the kernel, and wait for the gradient."""
+        if self.layout is None:
+            self.layout = call.layout
+            self._check_segments(call.layout)
+            self._members = _members(call.layout)
+        out, weights = call.kernel.run()
+        out.register_hook(partial(self._backward, [call]))
+        return out, weights
+
+    def _check_segments(self, layout: Layout) -> None:
+        for segment, remedy in (
+            ("image", "saliency follows visual information; leave text-only samples out"),
+            ("instruction", "put the question behind the image"),
+        ):
+            flags: Tensor = getattr(layout, segment)
+            if not (there := flags.any(1)).all():
+                raise ValueError(f"saliency: sample {int((~there).nonzero()[0])} has no {segment} token; {remedy}")
+
+    @torch.no_grad()
+    def _backward(self, waiting: list[TappedCall], gradient: Float[Tensor, "batch query heads channel"]) -> None:
+        assert self._members is not None
+        call = waiting.pop()  # so that its q, k and v go with the layer's other activations
+        members = self._members.to(gradient.device)
+        flow = torch.zeros_like(members)
+        batch, _, n_position = members.shape
+        whole = None
+        if call.layer in self.record:
+            whole = self.maps[call.layer] = torch.zeros(batch, n_position, n_position)
+        for first, importance in tiles(call, gradient, self.form):
+            last, n_key = first + importance.shape[1], importance.shape[2]
+            importance /= self.loss_scale
+            flow[:, :, :n_key] += members[:, :, first:last] @ importance
+            if whole is not None:
+                whole[:, first:last, :n_key] = importance.cpu()
+        self.flow[call.layer] = flow.cpu()
+
+
+def tiles(
+    call: TappedCall, gradient: Float[Tensor, "batch query heads channel"], form: Form
+) -> Iterator[tuple[int, Float[Tensor, "batch row key"]]]:
+    """I(i, j) of one layer, some query rows at a time: (first row, importance); keys left out see nothing there."""
+    kernel = call.kernel
+    query, key, value = kernel.query.detach(), kernel.key.detach(), kernel.value.detach()
+    batch, heads, n_query, _ = query.shape
+    kv_heads, n_key, channel = value.shape[1:]
+    is_causal = kernel.mask is None or kernel.mask.dim() == 2
+    gradient = gradient.transpose(1, 2)
+    step = max(1, _TILE_BUDGET // (batch * heads * n_key))
+    for first in range(0, n_query, step):
+        last = min(n_query, first + step)
+        end = last if is_causal else n_key  # what no row of the tile sees, nobody needs
+        row = torch.arange(first, last, device=query.device).expand(batch, -1)
+        rows = QueryRows.take(
+            query[:, :, :end],
+            key[:, :, :end],
+            kernel.mask,
+            row,
+            torch.ones_like(row, dtype=torch.bool),
+            kernel.scaling,
+            kernel.softcap,
+        )
+        attention = rows.weights()
+        grouped = gradient[:, :, first:last].reshape(batch, kv_heads, heads // kv_heads * (last - first), channel)
+        slope = (grouped @ value[:, :, :end].transpose(2, 3)).reshape(attention.shape)
+        product = attention * slope
+        yield first, product.sum(1).abs() if form == "paper" else (product * attention).abs().mean(1)
+
+
+def _loss(logits: Float[Tensor, "batch answer vocab"], answers: Sequence[Sequence[int]]) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each sample's answer, mean over its tokens."""
+    losses = []
+    for row, answer in zip(logits, answers, strict=True):
+        ids = torch.tensor(answer, device=logits.device)
+        losses.append(F.cross_entropy(row[: len(answer)].float(), ids))
+    return torch.stack(losses)
+
+
+def _members(layout: Layout) -> Float[Tensor, "batch segment position"]:
+    """1 where a position belongs to a segment."""
+    return torch.stack([layout.system, layout.image, layout.instruction], 1).float()
+
+
+def _check(form: str, over: str, record: Collection[int], n_layers: int, model: nn.Module) -> None:
+    if form not in ("paper", "released"):
+        raise ValueError(f"saliency: form must be 'paper' or 'released', got {form!r}")
+    if over not in ("first", "mean"):
+        raise ValueError(f"saliency: over must be 'first' or 'mean', got {over!r}")
+    for layer in record:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"saliency: record names layer {layer}, but this model has layers 0 to {n_layers - 1}")
+    if model.training:
+        raise ValueError("saliency: the model is in training mode, where dropout would blur it; call model.eval()")
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight gets a gradient, so that no activation is kept for one."""
+    live = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in live:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in live:
+            weight.requires_grad_(True)
+
+
+@contextmanager
+def _leaf(embeddings: nn.Module) -> Iterator[list[Tensor]]:
+    """Make what the text embeddings give a leaf of the graph; image features are put into it, and go along.
+
+    Handed on is a copy of the leaf, into which a model may write.
+    """
+    leaves: list[Tensor] = []
+
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_(True))
+        return leaves[-1].clone()
+
+    handle = embeddings.register_forward_hook(hook)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
+    """Keep only what enters each layer; hooks stay outside and run once, whatever the version of transformers."""
+
+    def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    before = [vars(layer).get("forward") for layer in layers]  # some wrappers put their own on the instance
+    for layer in layers:
+        layer.forward = recomputing(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
