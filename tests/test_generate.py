@@ -118,20 +118,24 @@ def test_sampling(llava, ragged):
 def test_assisted_decoding(llava, pruner):
     """The drafts that the first pass carries behind the prompt have no say in the pruning."""
     sample = llava.samples[0]
-    expected = greedy(llava.model, sample, pruner)[0]
+    expected, _, greedy_trace = greedy(llava.model, sample, pruner)
     lookup = {"prompt_lookup_num_tokens": 3, "eos_token_id": tiny.END}  # without an end, older ones cannot look up
-    with prune(llava.model, pruner):
+    with prune(llava.model, pruner) as trace:
         out = llava.model.generate(**sample, max_new_tokens=NEW, do_sample=False, **lookup)
     assert torch.equal(out[:, -NEW:], expected)
+    assert torch.equal(trace.kept[5][0], greedy_trace.kept[5][0])
 
 
 def test_assistant_model(llava):
     sample = llava.samples[0]
-    expected = greedy(llava.model, sample)[0]
     assistant = copy.deepcopy(tiny.build("llava", layers=2).model)
-    with prune(llava.model, HIMAP):
-        out = llava.model.generate(**sample, max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
-    assert torch.equal(out[:, -NEW:], expected)
+    for pruner in (HIMAP, FastV(k=2, ratio=0.5)):
+        expected, _, greedy_trace = greedy(llava.model, sample, pruner)
+        with prune(llava.model, pruner) as trace:
+            out = llava.model.generate(**sample, max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
+        assert torch.equal(out[:, -NEW:], expected)
+        assert trace.layout.image.shape[1] > sample["input_ids"].shape[1]  # the first pass carried drafts
+        assert torch.equal(trace.kept[5][0], greedy_trace.kept[5][0])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3_window"])

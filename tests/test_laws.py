@@ -111,6 +111,23 @@ def test_a_ragged_batch_equals_its_samples(family, attn, pruner):
                 torch.testing.assert_close(step[number], other[0], atol=1e-4, rtol=0)
 
 
+@kernels
+@pruners
+def test_a_ragged_batch_without_padding(attn, pruner):
+    """Law 4 where prompts are equally long, so that the model needs no mask, but hold one image or two."""
+    small = tiny.build("llava", attn)
+    samples = [small.sample([10, "image", 27], seed=1), small.sample([5, "image", "image", 7], seed=2)]
+    assert samples[0]["input_ids"].shape == samples[1]["input_ids"].shape
+    with prune(small.model, pruner), torch.no_grad():
+        for cache in ("dynamic", "static"):
+            how = {"cache_implementation": cache, "disable_compile": True}
+            together = answer(small.model, small.collate(samples), **how)
+            for number, sample in enumerate(samples):
+                alone = answer(small.model, sample, **how)
+                for step, other in zip(together.logits, alone.logits, strict=True):
+                    torch.testing.assert_close(step[number], other[0], atol=1e-4, rtol=0)
+
+
 @families
 @pruners
 def test_cache_lengths_are_predicted(family, pruner):
