@@ -65,7 +65,7 @@ def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
-def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, digest: str) -> str:
+def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, digest: str, departures: str) -> str:
     """What the model is, how these weights were made, and how far they came."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")}
     hours = sum(row.get("seconds", 0) for row in rows) / 3600
@@ -111,6 +111,7 @@ def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, 
             "",
             "Each stage in full: `" + json.dumps([asdict(stage) for stage in stages]) + "`",
             "",
+            *(["Departures of this run from the recipe:", "", departures] if departures else []),
             "![curves](curves.png)",
             "",
             "## Last exam of the training, exact answers"
@@ -158,7 +159,9 @@ def export(run: Path, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
     save_folder(model, folder)
     rows = read_log(run)
     draw_curves(rows, stages, folder / "curves.png")
-    (folder / "README.md").write_text(model_card(rows, stages, progress, checksum(folder)))
+    notes = run / "departures.md"  # by hand, where a run was steered
+    departures = notes.read_text() if notes.exists() else ""
+    (folder / "README.md").write_text(model_card(rows, stages, progress, checksum(folder), departures))
 
 
 def main(

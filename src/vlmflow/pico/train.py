@@ -8,6 +8,7 @@ of a step side by side, each with one core; on a shared machine that wastes far 
 import functools
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from jaxtyping import Int
+from rich.progress import track
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -206,7 +208,8 @@ class Run:
             return Progress(done.stage, step, lesson.model.state_dict(), average, states)
 
         began = saved = time.monotonic()
-        for step in range(done.step, stage.steps):
+        steps = range(done.step, stage.steps)
+        for step in track(steps, stage.name, disable=not sys.stdout.isatty()):
             report = added(report, self.gradients(lesson, stage, step, weights))
             nn.utils.clip_grad_norm_(weights, 1.0)
             for optimizer in optimizers:
