@@ -22,7 +22,7 @@ def vlmflow(*args, cwd=None, offline=True):
     import os
 
     env = {**os.environ, "HF_HUB_OFFLINE": "1" if offline else "0", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "vlmflow.cli", *map(str, args)]
+    command = [sys.executable, "-m", "vlmflow", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, check=False)
 
 

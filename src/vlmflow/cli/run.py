@@ -1,103 +1,42 @@
-"""The command line: ``vlmflow demo | run | pruners | models``."""
+"""``vlmflow run`` and ``vlmflow demo``: ask a model about images, under one method or all."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import os
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vlmflow import __version__
+from vlmflow.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    SetOption,
+    load_model,
+    notes,
+    out,
+    parse_settings,
+    plain_table,
+    refusals,
+    versions,
+)
 from vlmflow.pruners import PRUNERS, make_pruner
 
 if TYPE_CHECKING:
     from vlmflow.ask import Run
     from vlmflow.models import VLM
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
-)
 LEGEND = (
     "Image tokens by stage and in the mean over layers; prefill FLOPs by the paper's Eq. 10 and counted exactly, and "
     "KV cache, as shares of the unpruned run."
 )
-out, notes = Console(), Console(stderr=True)
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs; default: the first accelerator, or cpu.")]
-DtypeOption = Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="A field of the pruner, as k1=2; may be repeated.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 
 
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Turn an error that the user can mend into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        typer.echo(f"vlmflow: {' '.join(str(error).removeprefix('vlmflow: ').split())}", err=True)
-        raise typer.Exit(2) from error
-
-
-def load_model(name: str, device: str | None, dtype: str) -> VLM:
-    """Load a model, or leave with one line."""
-    from vlmflow.models import load  # torch and transformers take seconds that --help does not need
-
-    with refusals():
-        return load(name, device, dtype)
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Options that need no command."""
-    if version:
-        typer.echo(f"vlmflow {__version__}")
-        raise typer.Exit
-
-
-@app.command()
-def pruners() -> None:
-    """List the pruning methods: their fields with defaults, what they do, where they come from."""
-    table = Table("name", "fields and defaults", "what it does", "source", box=SIMPLE_HEAD, pad_edge=False)
-    for name, cls in PRUNERS.items():
-        lines = (inspect.getdoc(cls) or "").split("\n")
-        source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "a control")
-        defaults = ", ".join(f"{field.name}={field.default}" for field in fields(cls)) or "none"
-        table.add_row(name, defaults, lines[0].replace("``", ""), source.rstrip("."))
-    out.print(table)
-    out.print("Layers scale with the model's depth unless they are set.")
-
-
-@app.command()
-def models() -> None:
-    """List the model families that work."""
-    from vlmflow.models import FAMILIES
-
-    table = Table("model_type", "known as", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_row("pico", "the embedded model (a LLaVA of 5 million weights)")
-    for model_type, known_as in FAMILIES.items():
-        table.add_row(model_type, known_as)
-    out.print(table)
-
-
-@app.command()
 def run(
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
@@ -147,24 +86,6 @@ def run(
         typer.echo(json.dumps(record))
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """``k1=2`` and the like.
-
-    Raises:
-        ValueError: no equals sign in one.
-    """
-    broken = next((pair for pair in pairs if "=" not in pair), None)
-    if broken is not None:
-        raise ValueError(f"--set wants field=value, such as k1=2, got {broken!r}")
-    return {name.strip(): value.strip() for name, _, value in (pair.partition("=") for pair in pairs)}
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    packages = {name: metadata.version(name) for name in ("vlmflow", "torch", "transformers")}
-    return packages | {"python": platform.python_version()}
-
-
 def print_runs(runs: dict[str, Run]) -> None:
     """The answers, and what they cost."""
     table = cost_table("answer")
@@ -176,9 +97,7 @@ def print_runs(runs: dict[str, Run]) -> None:
 
 def cost_table(*columns: str) -> Table:
     """A table whose last columns are what pruning saves; ``LEGEND`` says what they mean."""
-    table = Table(
-        "method", *columns, "image tokens", "a layer", "Eq. 10", "FLOPs", "KV", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = plain_table("method", *columns, "image tokens", "a layer", "Eq. 10", "FLOPs", "KV")
     for column in table.columns:
         column.no_wrap = column.header != "answer"
     return table
@@ -212,7 +131,6 @@ def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record
     typer.echo(f"wrote {folder / 'patches.png'}")
 
 
-@app.command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("demo"),
     limit: Annotated[int, typer.Option(min=1, help="How many of the bundled pictures.")] = 12,
@@ -256,13 +174,3 @@ def demo(
     record["runs"] = {name: one.to_dict() for name, one in shown.items()}
     with refusals():
         save_run(out_dir, vlm, first, {name: one for name, one in shown.items() if name != "none"}, record)
-
-
-def main() -> None:
-    """The entry point: quiet libraries, then the command."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m vlmflow``."""
+
+from vlmflow.cli import main
+
+main()

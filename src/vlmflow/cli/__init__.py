@@ -1,0 +1,36 @@
+"""The command line; nobody imports it."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from vlmflow import __version__
+from vlmflow.cli.lists import models, pruners
+from vlmflow.cli.run import demo, run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
+)
+for command in (demo, run, pruners, models):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options that need no command."""
+    if version:
+        typer.echo(f"vlmflow {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point: quiet libraries, then the command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()

@@ -1,0 +1,65 @@
+"""What the commands share: options, refusals, tables, records."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vlmflow.models import VLM
+
+out, notes = Console(), Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs; default: the first accelerator, or cpu.")]
+DtypeOption = Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="A field of the pruner, as k1=2; may be repeated.")]
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"vlmflow: {' '.join(str(error).removeprefix('vlmflow: ').split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+def load_model(name: str, device: str | None, dtype: str) -> VLM:
+    """Load a model, or leave with one line."""
+    from vlmflow.models import load  # torch and transformers take seconds that --help does not need
+
+    with refusals():
+        return load(name, device, dtype)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """``k1=2`` and the like.
+
+    Raises:
+        ValueError: no equals sign in one.
+    """
+    broken = next((pair for pair in pairs if "=" not in pair), None)
+    if broken is not None:
+        raise ValueError(f"--set wants field=value, such as k1=2, got {broken!r}")
+    return {name.strip(): value.strip() for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    packages = {name: metadata.version(name) for name in ("vlmflow", "torch", "transformers")}
+    return packages | {"python": platform.python_version()}
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without boxes, for terminals and files alike."""
+    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
