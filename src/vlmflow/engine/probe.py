@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -88,13 +89,11 @@ def _probe(
     else:
         kernel = ALL_ATTENTION_FUNCTIONS[implementation]
 
-    def run(watching: list[Watcher]) -> tuple[Tensor, Any]:
-        if not watching:
-            return kernel(module, query, key, value, attention_mask, **kwargs)
-        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
-        return watching[0](KernelCall(query, key, value, attention_mask, scaling, softcap, lambda: run(watching[1:])))
-
-    return run(watchers)
+    run = partial(kernel, module, query, key, value, attention_mask, **kwargs)
+    scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+    for watcher in reversed(watchers):  # nothing here refers to itself, so that q, k and v go with the call
+        run = partial(watcher, KernelCall(query, key, value, attention_mask, scaling, softcap, run))
+    return run()
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _probe)
