@@ -1,5 +1,7 @@
 """Knock-outs against whole attention matrices edited by hand, and against pruning, which they must equal (law 2)."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -272,6 +274,27 @@ def test_a_shared_mask_stays_as_it_is():
     forward(small.model, batch, [Knockout("image", "instruction", (1,), how="mask")])
     handle.remove()
     assert torch.equal(*masks)
+
+
+def test_lets_go_of_q_k_and_v():
+    """By reference count alone: waiting for the garbage collector would hold a GPU's memory."""
+    small, alive = tiny.build("llava"), []
+
+    @dataclass
+    class Witness:
+        layers: tuple[int, ...] = (1, 2)
+
+        def __call__(self, call):
+            alive.extend(weakref.ref(tensor) for tensor in (call.kernel.query, call.kernel.key, call.kernel.value))
+            return call.kernel.run()
+
+    gc.disable()
+    try:
+        forward(small.model, small.samples[0], [Knockout("image", "instruction", (1,)), Witness()])
+        assert len(alive) == 6
+        assert not any(reference() is not None for reference in alive)
+    finally:
+        gc.enable()
 
 
 def test_few_rows_at_a_time(monkeypatch):

@@ -182,7 +182,7 @@ def test_tiles_change_nothing(form, monkeypatch):
     small = tiny.build("llava")
     batch = small.collate(seen(small))
     expected = saliency(small.model, batch, 7, form=form, record=[2])
-    monkeypatch.setattr("vlmflow.flow.saliency._TILE_BUDGET", 5 * 3 * 4 * batch["input_ids"].shape[1])
+    monkeypatch.setattr("vlmflow.flow.saliency._TILE_BUDGET", {"cpu": 5 * 3 * 4 * batch["input_ids"].shape[1]})
     result = saliency(small.model, batch, 7, form=form, record=[2])
     close(result.flow, expected.flow)
     close(result.maps[2], expected.maps[2])

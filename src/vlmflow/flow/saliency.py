@@ -22,7 +22,9 @@ from vlmflow.layout import SEGMENTS, Layout
 
 Form = Literal["paper", "released"]
 
-_TILE_BUDGET = 1 << 20  # attention weights alive at once in the backward pass (4 MB in float32, a few times over)
+# Attention weights of one tile in the backward pass: 4 MB in float32 on the CPU, 64 MB elsewhere, a few times over.
+_TILE_BUDGET = {"cpu": 1 << 20}
+_LARGE_TILE_BUDGET = 1 << 24
 _SYSTEM, _IMAGE, _INSTRUCTION = range(3)  # as SEGMENTS are ordered
 
 
@@ -237,8 +239,8 @@ def tiles(
     kv_heads, n_key, channel = value.shape[1:]
     is_causal = kernel.mask is None or kernel.mask.dim() == 2
     gradient = gradient.transpose(1, 2)
-    step = max(1, _TILE_BUDGET // (batch * heads * n_key))
-    for first in range(0, n_query, step):
+    step = max(1, _TILE_BUDGET.get(query.device.type, _LARGE_TILE_BUDGET) // (batch * heads * n_key))
+    for first in reversed(range(0, n_query, step)):  # from the largest tile on, whose memory the next ones can use
         last = min(n_query, first + step)
         end = last if is_causal else n_key  # what no row of the tile sees, nobody needs
         row = torch.arange(first, last, device=query.device).expand(batch, -1)
