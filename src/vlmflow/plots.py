@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,7 @@ def kept_patches(
     for axis, (label, caption, picture) in zip(axes, panels, strict=False):
         axis.imshow(picture)
         axis.set_title(f"{label}\n{caption}", fontsize=8, loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=150)
-    partial.replace(path)
+    _save(figure, path)
 
 
 def _side_by_side(
@@ -72,3 +70,63 @@ def _fade(strip: np.ndarray, cells: Sequence[tuple[slice, slice]], kept: Sequenc
     for token in kept:
         faded[cells[token]] = strip[cells[token]]
     return faded
+
+
+@dataclass(frozen=True)
+class Point:
+    """A figure with its interval, at a cost in percent of the unpruned run's."""
+
+    cost: float
+    value: float
+    low: float
+    high: float
+
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito, told apart by all
+_MARKERS = "osD^vP"
+
+
+def pareto(
+    path: Path, panels: Mapping[str, Mapping[str, Sequence[Point]]], unpruned: Point, figure_name: str, title: str
+) -> None:
+    """Draw a figure against its cost, a panel a way of counting, a line a method; what no other point beats is ringed.
+
+    ``panels`` maps an axis label to methods and their points; ``unpruned`` stands at 100 %.
+    """
+    figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (label, methods) in zip(axes, panels.items(), strict=True):
+        axis.axhspan(unpruned.low, unpruned.high, color="0.93", zorder=0)
+        axis.axhline(unpruned.value, color="0.5", linewidth=1, linestyle=":", zorder=1)
+        axis.plot(100, unpruned.value, "*", color="black", markersize=12, label="unpruned")
+        everything = [unpruned, *(point for points in methods.values() for point in points)]
+        for number, (name, points) in enumerate(methods.items()):
+            colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+            ordered = sorted(points, key=lambda point: point.cost)
+            x, y = [point.cost for point in ordered], [point.value for point in ordered]
+            below, above = [p.value - p.low for p in ordered], [p.high - p.value for p in ordered]
+            axis.errorbar(x, y, [below, above], color=colour, fmt="none", elinewidth=1, capsize=2, alpha=0.55)
+            axis.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=1.2, label=name)
+        best = [p for p in everything if not any(_beats(q, p) for q in everything)]
+        x, y = [point.cost for point in best], [point.value for point in best]
+        axis.plot(x, y, "o", color="black", markersize=13, fillstyle="none", label="not beaten")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(figure_name)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=9)
+    _save(figure, path)
+
+
+def _beats(one: Point, other: Point) -> bool:
+    at_least = one.cost <= other.cost and one.value >= other.value
+    return at_least and (one.cost < other.cost or one.value > other.value)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix[1:], dpi=150)
+    partial.replace(path)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmflow import __version__
+from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.lists import models, pruners
 from vlmflow.cli.run import demo, run
 
@@ -18,7 +19,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
-for command in (demo, run, pruners, models):
+app.command("eval")(evaluate)
+for command in (demo, run, sweep, report, pruners, models):
     app.command()(command)
 
 

@@ -1,0 +1,344 @@
+"""``vlmflow eval``, ``sweep`` and ``report``: one method on a task, all at equal budgets, tables of results."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from vlmflow.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    SetOption,
+    load_model,
+    notes,
+    out,
+    parse_settings,
+    plain_table,
+    refusals,
+)
+from vlmflow.pruners import PRUNERS, make_pruner
+from vlmflow.tasks import TASKS, Judge, Source, Task, TaskError
+
+if TYPE_CHECKING:
+    from vlmflow.evaluate.folder import Row
+    from vlmflow.evaluate.runner import Progress
+    from vlmflow.evaluate.tables import Grid, Line
+
+TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")]
+StyleOption = Annotated[str | None, typer.Option(help="The prompt style; default: the task's first (the paper's).")]
+RuleOption = Annotated[str | None, typer.Option(help="The answer rule; default: the task's first.")]
+TokensOption = Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the task's.")]
+SourceOption = Annotated[Path | None, typer.Option(help="A local copy of the data in an official format.")]
+ImagesOption = Annotated[Path | None, typer.Option(help="The local copy's images, where they do not lie beside it.")]
+HubOption = Annotated[str, typer.Option(help="new, old (the data set's two ids), or any other id.")]
+ConfigOption = Annotated[str | None, typer.Option(help="The hub data set's configuration.")]
+SplitOption = Annotated[str | None, typer.Option(help="Another split than the task's.")]
+RevisionOption = Annotated[str | None, typer.Option(help="The hub data set's revision.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for results; one that was begun is gone on with.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line last.")]
+
+
+def evaluate(
+    task: TaskOption,
+    out_dir: OutOption,
+    model: ModelOption = "pico",
+    pruner: Annotated[
+        str, typer.Option(help=f"One of {', '.join(PRUNERS)}. himap takes Table 3's fields for the task.")
+    ] = "himap",
+    set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
+    limit: LimitOption = None,
+    batch_size: BatchOption = 8,
+    prompt_style: StyleOption = None,
+    rule: RuleOption = None,
+    max_new_tokens: TokensOption = None,
+    source: SourceOption = None,
+    images: ImagesOption = None,
+    hub: HubOption = "new",
+    config: ConfigOption = None,
+    split: SplitOption = None,
+    revision: RevisionOption = None,
+    judge: Annotated[str | None, typer.Option(help="A judge's model name, for open answers.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="The judge's endpoint; default: OpenAI's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the judge's requests; send none.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Evaluate a model on a task with its image tokens pruned; started again it goes on where it stopped."""
+    with refusals():
+        settings = parse_settings(set_)
+        make_pruner(pruner, {}, n_layers=32)  # a wrong name, before anything is loaded
+        chosen = _task(task)
+        marker = Judge(judge, out_dir / "judge", judge_url) if judge else None
+        if dry_run and marker is None:
+            raise ValueError("--dry-run writes a judge's requests; name the judge with --judge")
+        where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
+        _check(chosen, where, prompt_style, rule, limit)
+    vlm = load_model(model, device, dtype)
+    from vlmflow.evaluate.budgets import for_task
+    from vlmflow.evaluate.runner import Evaluation, mark, run, write_requests
+
+    with refusals(), stoppable():
+        method, origin = for_task(pruner, settings, chosen.preset, vlm.n_layers)
+        evaluation = Evaluation(chosen, method, origin, where, prompt_style, rule, limit, max_new_tokens)
+        samples = evaluation.samples()
+        with bars() as progress:
+            summary = run(
+                vlm,
+                evaluation,
+                out_dir,
+                batch_size=batch_size,
+                samples=samples,
+                progress=show(progress, f"{task} {pruner}"),
+            )
+        if marker is not None and dry_run:
+            count = write_requests(out_dir, evaluation, marker, samples)
+            notes.print(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
+        elif marker is not None:
+            summary = mark(out_dir, evaluation, marker, samples)
+    _print_summary(summary, chosen)
+    typer.echo(f"wrote {out_dir / 'summary.json'}")
+    if json_:
+        typer.echo(json.dumps(summary))
+    if not summary["samples"]["answered"]:
+        notes.print("every sample failed")
+        raise typer.Exit(1)
+
+
+def sweep(
+    task: TaskOption,
+    out_dir: OutOption,
+    model: ModelOption = "pico",
+    pruners: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(
+        name for name in PRUNERS if name != "none"
+    ),
+    budgets: Annotated[
+        str, typer.Option(help="Mean image tokens entering a layer, as shares of all, with commas between.")
+    ] = "0.5,0.33,0.2",
+    limit: LimitOption = None,
+    batch_size: BatchOption = 8,
+    prompt_style: StyleOption = None,
+    rule: RuleOption = None,
+    max_new_tokens: TokensOption = None,
+    source: SourceOption = None,
+    images: ImagesOption = None,
+    hub: HubOption = "new",
+    config: ConfigOption = None,
+    split: SplitOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Evaluate methods at equal budgets on a task, beside the unpruned run: a table, and a picture of what they lose."""
+    with refusals():
+        names = [name.strip() for name in pruners.split(",") if name.strip()]
+        for name in names:
+            make_pruner(name, {}, n_layers=32)
+        shares = _shares(budgets)
+        chosen = _task(task)
+        if chosen.rubric is not None:
+            raise ValueError(f"{task} needs a judge; evaluate its methods one by one with eval --judge")
+        where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
+        _check(chosen, where, prompt_style, rule, limit)
+        if out_dir.is_file():
+            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
+    vlm = load_model(model, device, dtype)
+    from vlmflow.evaluate.runner import Evaluation
+    from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
+    from vlmflow.evaluate.sweep import sweep as evaluate_cells
+    from vlmflow.pruners import Unpruned
+
+    with refusals(), stoppable():
+        cells = plan(names, shares, vlm.n_layers, chosen.preset)
+        asked = Evaluation(chosen, Unpruned(), "", where, prompt_style, rule, limit, max_new_tokens)
+        with bars() as progress:
+
+            def shown(number: int, cell: Cell) -> Progress:
+                return show(progress, f"{cell.folder} ({number + 1}/{len(cells)})")
+
+            lines = evaluate_cells(
+                vlm, asked, cells, out_dir, samples=asked.samples(), batch_size=batch_size, progress=shown
+            )
+        _print(sweep_grid(lines, chosen.title))
+        written = ["sweep.md", "sweep.csv", "sweep.json"]
+        if _draw(lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
+            written.append("pareto.png")
+    typer.echo(f"wrote {', '.join(written)} to {out_dir}")
+    if json_:
+        typer.echo(json.dumps(json.loads((out_dir / "sweep.json").read_text(encoding="utf-8"))))
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, or folders above them.")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.md, report.csv, report.json.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Put results into tables like the paper's Tables 1 and 2, with differences to the unpruned run."""
+    from vlmflow.evaluate.folder import write_json, write_text
+    from vlmflow.evaluate.tables import find_results, to_csv
+    from vlmflow.evaluate.tables import report as make_report
+
+    with refusals():
+        results, unfinished = find_results(folders)
+        made = make_report(results)
+        record = {"lines": [vars(line) for line in made.lines], "notes": list(made.notes)}
+        if out_dir is not None:
+            write_text(out_dir / "report.md", made.markdown())
+            write_text(out_dir / "report.csv", to_csv(made.lines))
+            write_json(out_dir / "report.json", record)
+    for path in unfinished:
+        notes.print(f"left out, as it is not finished: {path}")
+    for grid in made.grids:
+        _print(grid)
+    for note in made.notes:
+        out.print(note, highlight=False, markup=False)
+    if out_dir is not None:
+        typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
+    if json_:
+        typer.echo(json.dumps(record))
+
+
+# -- what the three share
+
+
+def bars() -> Bars:
+    """Progress with rate and time left, on stderr."""
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}"),
+        console=notes,
+    )
+
+
+def show(progress: Bars, title: str) -> Progress:
+    """A bar that follows a run; samples that fail are told of above it."""
+    bar = progress.add_task(title, total=None, pace="")
+    start, before, failed = time.perf_counter(), 0, 0
+
+    def follow(done: int, total: int, row: Row | None) -> None:
+        nonlocal start, before, failed
+        if row is None:
+            start, before = time.perf_counter(), done
+            progress.update(bar, total=total, completed=done)
+            return
+        if row.failure is not None:
+            failed += 1
+            progress.console.print(f"{row.sample.id} failed: {row.failure}", highlight=False, markup=False)
+        each = (time.perf_counter() - start) / (done - before)
+        rate = f"{1 / each:.1f} a second" if each < 1 else f"{each:.1f} s each"
+        pace = [rate, f"{timedelta(seconds=round(each * (total - done)))} left"]
+        progress.update(bar, completed=done, pace=", ".join([*pace, f"{failed} failed"] if failed else pace))
+
+    return follow
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Say what to do after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        notes.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise TaskError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def _check(task: Task, source: Source, style: str | None, rule: str | None, limit: int | None) -> None:
+    """Refuse a wrong source, style or rule before a model is loaded."""
+    first = task.samples(source, limit and 1)[0]
+    task.prompt(first, style)
+    task.parse("", first, rule)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.resolve()
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--budgets wants shares with commas between, such as 0.5,0.2, got {text!r}") from None
+    if any(not 0 < share < 1 for share in shares):
+        raise ValueError(f"--budgets wants shares above 0 and below 1, got {text!r}")
+    return shares
+
+
+def _print(grid: Grid) -> None:
+    table: Table = plain_table(*grid.header)
+    table.title, table.title_justify = grid.title, "left"
+    for cells in grid.rows:
+        table.add_row(*(Text(cell) for cell in cells))
+    out.print(table)
+
+
+def _print_summary(summary: dict[str, Any], task: Task) -> None:
+    metric, cost, counts = summary["metric"], summary["cost"], summary["samples"]
+    table = plain_table("", task.title)
+    if metric:
+        value = "none yet: no answer is marked (--judge)" if metric["value"] is None else f"{metric['value']:.2f}"
+        low_high = metric["interval"] and " [{:.2f}, {:.2f}]".format(*metric["interval"])
+        table.add_row(metric["figure"], f"{value}{low_high or ''}")
+    table.add_row("answered", f"{counts['answered']} of {counts['asked']}, {counts['failed']} failed")
+    if metric:
+        table.add_row("unparsed", f"{metric['unparsed']}, counted as wrong")
+    pruner = ", ".join(f"{k}={v}" for k, v in summary["settings"]["pruner"].items() if k != "name")
+    table.add_row("pruner", f"{summary['settings']['pruner']['name']} {pruner} ({summary['settings']['pruner_from']})")
+    if cost:
+        names = {
+            "mean_image_tokens": "image tokens a layer",
+            "paper_flops": "FLOPs, Eq. 10 (image only)",
+            "exact_flops": "FLOPs, exact (with text)",
+            "kv_bytes": "KV cache",
+        }
+        for measure, name in names.items():
+            table.add_row(name, f"{cost['shares'][measure]:.1%} of unpruned")
+    out.print(table)
+
+
+def _draw(lines: Sequence[Line], path: Path, title: str) -> bool:
+    """The Pareto picture, where figures and costs are known."""
+    from vlmflow.plots import Point, pareto
+
+    def point(line: Line, share: float | None) -> Point | None:
+        if share is None or line.value is None or line.low is None or line.high is None:
+            return None
+        return Point(100 * share, line.value, line.low, line.high)
+
+    unpruned = point(lines[0], lines[0].exact_share)
+    if unpruned is None:
+        return False
+    panels: dict[str, dict[str, list[Point]]] = {}
+    for label, measure in (
+        ("FLOPs by Eq. 10 (image tokens only), % of unpruned", "eq10_share"),
+        ("FLOPs counted exactly (with text), % of unpruned", "exact_share"),
+    ):
+        for line in lines[1:]:
+            if (found := point(line, getattr(line, measure))) is not None:
+                panels.setdefault(label, {}).setdefault(line.method, []).append(found)
+    pareto(path, panels, unpruned, lines[0].figure or "figure", title)
+    return True

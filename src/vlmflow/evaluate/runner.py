@@ -1,0 +1,356 @@
+"""Answer a task's samples in batches under one pruner, write each row as it comes, and sum up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmflow.cost import Cost
+from vlmflow.engine import Trace, attach
+from vlmflow.evaluate.folder import (
+    SUMMARY,
+    VERDICTS,
+    EvaluationError,
+    Folder,
+    OpenFolder,
+    Row,
+    claim,
+    versions,
+    write_json,
+)
+from vlmflow.geometry import Geometry
+from vlmflow.models import VLM, Question
+from vlmflow.pruners import Pruner
+from vlmflow.tasks import Judge, Sample, Source, Task
+
+FAILURES_IN_A_ROW = 50  # after so many something is wrong with more than the samples
+
+Progress = Callable[[int, int, Row | None], None]  # samples done, of how many, and the row that came; None to begin
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated: a task's samples, asked in one way, under one pruner.
+
+    None stands for the task's own: its first prompt style and answer rule, all samples, its length of answers. ``seed``
+    is the bootstrap's; answers are greedy. ``pruner_from`` says for the record who chose the pruner's fields.
+    """
+
+    task: Task
+    pruner: Pruner
+    pruner_from: str = "given"
+    source: Source = field(default_factory=Source)
+    prompt: str | None = None
+    rule: str | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+    def samples(self) -> list[Sample]:
+        """The samples that are asked.
+
+        Raises:
+            TaskError: what is wrong with the source, the prompt style or the answer rule.
+        """
+        samples = self.task.samples(self.source, self.limit)
+        self.task.prompt(samples[0], self.prompt)
+        self.task.parse("", samples[0], self.rule)
+        return samples
+
+    def settings(self, vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
+        """All that an answer depends on; two runs with the same settings give the same summary.
+
+        Batch size and device are not among them, as they change no more than the last bits of a logit.
+        """
+        model = vlm.model
+        content = hashlib.sha256()
+        for sample in samples:
+            asked = [sample.id, [picture.name for picture in sample.images], self.task.prompt(sample, self.prompt)]
+            right = [sample.choices, sample.answer, sample.references, sample.group]
+            content.update(json.dumps([*asked, *right]).encode())
+        return {
+            "model": vlm.name,
+            "weights": fingerprint(model),
+            "layers": vlm.n_layers,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.config.get_text_config(decoder=True)._attn_implementation,
+            "task": self.task.name,
+            "source": self.task.describe(self.source),
+            "samples": {"count": len(samples), "sha256": content.hexdigest()},
+            "limit": self.limit,
+            "prompt": self.prompt or next(iter(self.task.prompts)),
+            "rule": self.rule or next(iter(self.task.rules)),
+            "pruner": self.pruner.to_dict(),
+            "pruner_from": self.pruner_from,
+            "max_new_tokens": self.max_new_tokens or self.task.max_new_tokens,
+            "decoding": "greedy",
+            "seed": self.seed,
+            "versions": versions(),
+        }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a few weights of every parameter: tells checkpoints apart without reading them whole."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if not weight.is_meta:  # on disk or in memory while another layer runs
+            few = weight.detach().flatten()[:16].float().cpu()
+            digest.update(few.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(
+    vlm: VLM,
+    evaluation: Evaluation,
+    out: Path,
+    *,
+    batch_size: int = 8,
+    samples: Sequence[Sample] | None = None,
+    progress: Progress = lambda done, total, row: None,
+) -> dict[str, Any]:
+    """Evaluate into a folder, or go on where a run with the same settings stopped; the summary.
+
+    Batches are ``batch_size`` consecutive samples, left-padded. A batch that was cut short is answered whole again, so
+    that a run that was killed ends as one that was not. Samples that failed are asked again when the run is started
+    again. ``samples`` saves loading them once more where many pruners are run.
+
+    Raises:
+        TaskError: what is wrong with the source, the prompt style or the answer rule.
+        EvaluationError: the folder holds another run, or too many samples in a row have failed. Rows stay.
+        ValueError: a pruner or model that do not fit (see ``attach``).
+    """
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size must be at least 1, got {batch_size}")
+    samples = evaluation.samples() if samples is None else samples
+    evaluation.pruner.checked_stages(vlm.n_layers, 0)
+    settings = evaluation.settings(vlm, samples)
+    with claim(out, settings) as folder:
+        answered = {key for key, row in folder.rows().items() if row.failure is None}
+        done, start = len(answered), time.time()
+        progress(done, len(samples), None)
+        if done < len(samples):
+            folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **_machine(vlm)})
+            bad = 0
+            for rows in _answers(vlm, evaluation, samples, answered, batch_size):
+                folder.append(rows)
+                for row in rows:
+                    done += 1
+                    bad = 0 if row.failure is None else bad + 1
+                    progress(done, len(samples), row)
+                if bad >= FAILURES_IN_A_ROW:
+                    reason = rows[-1].failure
+                    raise EvaluationError(f"{bad} samples in a row failed ({reason}); the rows so far are in {out}")
+            folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
+        folder.put_in_order([sample.id for sample in samples])
+        return _sum_up(folder, evaluation, settings, vlm)
+
+
+def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Have a judge mark a finished run's answers; the new summary. The judge's replies are kept in ``out/judge``.
+
+    Raises:
+        TaskError: no key, no client library, or a key or model that the endpoint refuses.
+        EvaluationError: a task without a rubric, or a run that is not finished.
+    """
+    rubric = evaluation.task.rubric
+    if rubric is None:
+        raise EvaluationError(f"{evaluation.task.name} is scored by its rules and needs no judge")
+    summary = Folder(out).summary()
+    with claim(out, summary["settings"]) as folder:
+        verdicts = {
+            verdict.sample: {name: value for name, value in asdict(verdict).items() if name not in ("sample", "asked")}
+            for verdict in judge.mark(rubric, _to_mark(folder, samples))
+        }
+        write_json(out / VERDICTS, {"judge": judge.to_dict(rubric), "verdicts": verdicts})
+        summary |= _figures(folder, evaluation)
+        write_json(out / SUMMARY, summary)
+        return summary
+
+
+def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> int:
+    """Write what ``mark`` would send to ``out/requests.jsonl``; how many requests."""
+    if evaluation.task.rubric is None:
+        raise EvaluationError(f"{evaluation.task.name} is scored by its rules and needs no judge")
+    return judge.dry_run(evaluation.task.rubric, _to_mark(Folder(out), samples), out / "requests.jsonl")
+
+
+def _to_mark(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
+    rows = folder.rows()
+    return [(sample, rows[sample.id].answer) for sample in samples if rows[sample.id].failure is None]
+
+
+def _answers(
+    vlm: VLM, evaluation: Evaluation, samples: Sequence[Sample], answered: set[str], batch_size: int
+) -> Iterable[list[Row]]:
+    """The rows that are missing, batch by batch."""
+    pricing = Pricing.of(vlm, evaluation.pruner)
+    with attach(vlm.model, evaluation.pruner) as trace:
+        for first in range(0, len(samples), batch_size):
+            batch = samples[first : first + batch_size]
+            if any(sample.id not in answered for sample in batch):
+                rows = answer(vlm, evaluation, batch, trace, pricing, answered)
+                yield [row for row in rows if row.sample.id not in answered]
+
+
+def answer(
+    vlm: VLM, evaluation: Evaluation, batch: Sequence[Sample], trace: Trace, pricing: Pricing, answered: set[str]
+) -> list[Row]:
+    """A row for each sample of a batch, inside the session that ``trace`` belongs to.
+
+    Where nothing but failures is missing from what was ``answered`` before, the model is not asked.
+    """
+    rows, questions = {}, {}
+    for sample in batch:
+        try:
+            pictures = tuple(picture.open() for picture in sample.images)
+            questions[sample.id] = Question(evaluation.task.prompt(sample, evaluation.prompt), pictures)
+        except Exception as error:  # whatever an image reader raises: this sample has failed
+            prompt = evaluation.task.prompt(sample, evaluation.prompt)
+            rows[sample.id] = Row(sample, prompt, failure=_reason(error))
+    opened = [sample for sample in batch if sample.id in questions]
+    if any(sample.id not in answered for sample in opened):
+        for part in (opened, *([sample] for sample in opened)):  # one by one where the batch as a whole fails
+            missing = [sample for sample in part if sample.id not in rows]
+            if not missing:
+                continue
+            try:
+                own = _ask(vlm, evaluation, missing, [questions[sample.id] for sample in missing], trace, pricing)
+                rows |= {row.sample.id: row for row in own}
+            except Exception as error:  # too little memory, a processor that refuses: which sample, shows by itself
+                if len(part) == 1:
+                    rows[part[0].id] = Row(part[0], questions[part[0].id].text, failure=_reason(error))
+    return [rows[sample.id] for sample in batch if sample.id in rows]
+
+
+def _ask(
+    vlm: VLM,
+    evaluation: Evaluation,
+    samples: Sequence[Sample],
+    questions: Sequence[Question],
+    trace: Trace,
+    pricing: Pricing,
+) -> list[Row]:
+    task = evaluation.task
+    answers = vlm.generate(vlm.encode(questions), evaluation.max_new_tokens or task.max_new_tokens)
+    by_layer, tokens = trace.image_tokens, trace.tokens[0]
+    asking = trace.layout.question.sum(1).tolist()
+    rows = []
+    for i, (sample, question, said) in enumerate(zip(samples, questions, answers, strict=True)):
+        counts = [layer[i] for layer in by_layer]
+        outcome = task.outcome(sample, said.text, evaluation.rule)
+        row = Row(
+            sample=sample,
+            prompt=question.text,
+            answer=said.text,
+            parsed=outcome.parsed,
+            score=outcome.score,
+            answer_tokens=said.tokens,
+            tokens=tokens[i],
+            question_tokens=asking[i],
+            image_tokens={n: count for n, count in enumerate(counts) if n == 0 or count != counts[n - 1]},
+        )
+        rows.append(replace(row, cost=pricing.shown(row)))
+    return rows
+
+
+class Pricing:
+    """What rows cost under a pruner; samples of one shape are priced once."""
+
+    def __init__(self, pruner: Pruner, geometry: Geometry | None) -> None:
+        self._pruner, self._geometry = pruner, geometry
+        self._known: dict[tuple[int, int, int], Cost] = {}
+
+    @classmethod
+    def of(cls, vlm: VLM, pruner: Pruner) -> Pricing:
+        """For a model; one whose widths are not known has no prices."""
+        try:
+            return cls(pruner, Geometry.from_config(vlm.model.config))
+        except ValueError:
+            return cls(pruner, None)
+
+    def cost(self, row: Row) -> Cost | None:
+        """One prefill's cost, pruned and not."""
+        if self._geometry is None or row.image_tokens is None:
+            return None
+        image = row.image_tokens[0]
+        shape = (image, row.tokens - image, row.question_tokens)
+        if shape not in self._known:
+            self._known[shape] = self._pruner.cost(self._geometry, *shape)
+        return self._known[shape]
+
+    def shown(self, row: Row) -> dict[str, Any] | None:
+        """The figures for a row's record."""
+        cost = self.cost(row)
+        if cost is None:
+            return None
+        table = cost.table()
+        pruned = {name: figures[1] for name, figures in table.items()}
+        return pruned | {"shares": {name: figures[2] for name, figures in table.items()}}
+
+    def total(self, rows: Iterable[Row]) -> Cost | None:
+        """All rows' cost together, None where one is not known."""
+        total: Cost | None = None
+        for row in rows:
+            cost = self.cost(row)
+            if cost is None:
+                return None
+            total = cost if total is None else total + cost
+        return total
+
+
+def _sum_up(folder: OpenFolder, evaluation: Evaluation, settings: Mapping[str, Any], vlm: VLM) -> dict[str, Any]:
+    rows = folder.rows().values()
+    good = [row for row in rows if row.failure is None]
+    failed = {row.sample.id: row.failure for row in rows if row.failure is not None}
+    counts = [_by_layer(row, vlm.n_layers) for row in good]
+    cost = Pricing.of(vlm, evaluation.pruner).total(good)
+    summary = {
+        "settings": settings,
+        **_figures(folder, evaluation),
+        "samples": {"asked": len(rows), "answered": len(good), "failed": len(failed)},
+        "failed": failed,
+        "answer_tokens": _mean(row.answer_tokens for row in good),
+        "tokens": _mean(row.tokens for row in good),
+        "image_tokens": [_mean(layer) for layer in zip(*counts, strict=True)],
+        "cost": cost and {"table": cost.table(), **cost.to_dict()},
+    }
+    write_json(folder.path / SUMMARY, summary)
+    return json.loads(json.dumps(summary))
+
+
+def _figures(folder: Folder, evaluation: Evaluation) -> dict[str, Any]:
+    outcomes, judged = folder.outcomes(), folder.judged()
+    metric = evaluation.task.metric(outcomes, evaluation.seed) if outcomes else None
+    return {"metric": metric, "judge": judged and judged["judge"]}
+
+
+def _by_layer(row: Row, n_layers: int) -> list[int]:
+    changes, counts = row.image_tokens or {}, []
+    for layer in range(n_layers):
+        counts.append(changes[layer] if layer in changes else counts[-1])
+    return counts
+
+
+def _mean(values: Iterable[int]) -> float | None:
+    held = list(values)
+    return sum(held) / len(held) if held else None
+
+
+def _machine(vlm: VLM) -> dict[str, str]:
+    device = vlm.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": str(device), "machine": name}
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__

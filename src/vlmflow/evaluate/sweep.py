@@ -1,0 +1,111 @@
+"""Every method at every budget on one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlmflow.evaluate.budgets import with_budget
+from vlmflow.evaluate.folder import EvaluationError, write_json, write_text
+from vlmflow.evaluate.runner import Evaluation, Progress, run
+from vlmflow.evaluate.tables import COSTS, Grid, Line, Result, budget_grid, line, to_csv
+from vlmflow.models import VLM
+from vlmflow.pruners import Pruner, Unpruned
+from vlmflow.tasks import Sample
+
+BUDGETS = (
+    "A budget is a method's mean number of image tokens entering a layer, as a share of all image tokens; every method "
+    "is set to it by the share it drops, vtw by the layer. The columns after it say what was reached."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a budget (None: the unpruned run), or why the method cannot give it."""
+
+    name: str
+    budget: float | None
+    pruner: Pruner | None
+    refusal: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return self.name if self.budget is None else f"{self.name}-{self.budget:g}"
+
+
+def plan(names: Sequence[str], budgets: Sequence[float], n_layers: int, preset: Any) -> list[Cell]:
+    """The cells of a sweep, the unpruned run first.
+
+    Raises:
+        EvaluationError: no method but none, or no cell that can be run.
+    """
+    cells = [Cell("none", None, Unpruned())]
+    for name in dict.fromkeys(names):
+        for budget in dict.fromkeys(budgets) if name != "none" else ():
+            try:
+                cells.append(Cell(name, budget, with_budget(name, budget, n_layers, preset)))
+            except ValueError as error:
+                cells.append(Cell(name, budget, None, str(error)))
+    if all(cell.pruner is None for cell in cells[1:]):
+        raise EvaluationError(cells[1].refusal if cells[1:] else "a sweep needs a method beside none, and a budget")
+    return cells
+
+
+def sweep(
+    vlm: VLM,
+    evaluation: Evaluation,
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+    progress: Callable[[int, Cell], Progress],
+) -> list[Line]:
+    """Evaluate every cell in a folder of its own, go on where it stopped; write the table in three formats.
+
+    ``evaluation``'s pruner is replaced by each cell's. ``out`` gets ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
+
+    Raises:
+        EvaluationError: a cell's folder holds another run.
+        ValueError: a pruner or model that do not fit (see ``attach``).
+    """
+    results: list[Result | None] = []
+    for number, cell in enumerate(cells):
+        if cell.pruner is None:
+            results.append(None)
+            continue
+        origin = "no pruning" if cell.budget is None else f"budget {cell.budget:g} of the image tokens a layer"
+        own = replace(evaluation, pruner=cell.pruner, pruner_from=origin)
+        folder = out / cell.folder
+        run(vlm, own, folder, batch_size=batch_size, samples=samples, progress=progress(number, cell))
+        results.append(Result.read(folder))
+    baseline = next(one for one in results if one is not None)
+    lines = [
+        replace(line(result, baseline, cell.budget), folder=cell.folder)
+        if result
+        else Line(vlm.name, evaluation.task.name, cell.name, "", cell.budget, cell.folder, note=cell.refusal)
+        for cell, result in zip(cells, results, strict=True)
+    ]
+    common = {name: value for name, value in baseline.settings.items() if not name.startswith("pruner")}
+    write_text(out / "sweep.csv", to_csv(lines))
+    write_json(out / "sweep.json", {"settings": common, "lines": [asdict(own) for own in lines]})
+    write_text(out / "sweep.md", _markdown(sweep_grid(lines, evaluation.task.title), common))
+    return lines
+
+
+def sweep_grid(lines: Sequence[Line], title: str) -> Grid:
+    """The table of a sweep."""
+    return budget_grid(lines, f"{title}: every method at every budget")
+
+
+def _markdown(grid: Grid, settings: dict[str, Any]) -> str:
+    built_with = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
+    what = (
+        f"Model {settings['model']} ({settings['dtype']}, weights {settings['weights'][:12]}), "
+        f"{settings['samples']['count']} samples, prompt style {settings['prompt']}, answer rule {settings['rule']}, "
+        f"greedy, at most {settings['max_new_tokens']} new tokens; {built_with}."
+    )
+    return f"{grid.markdown()}\n{what}\n\n{BUDGETS}\n\n{COSTS}\n\n![Figure against FLOPs](pareto.png)\n"

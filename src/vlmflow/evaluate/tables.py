@@ -1,0 +1,395 @@
+"""Tables of many results: method by budget, and the form of the paper's Tables 1 and 2; no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmflow.evaluate.folder import SETTINGS, SUMMARY, EvaluationError, Folder, differences
+from vlmflow.tasks import TASKS, Task
+
+COSTS = (
+    "Costs are those of the prefill, means over samples, as shares of the unpruned run. "
+    "A layer: image tokens that enter a layer, in the mean over layers. "
+    "Eq. 10: the paper's FLOPs, which count multiply-adds of image tokens only, no text. "
+    "Exact: every matrix product of the text decoder at two FLOPs a multiply-add, text, head and ranking included. "
+    "KV: bytes of the cache after the prefill. Intervals are 95 % bootstraps over images; Δ is the difference to the "
+    "unpruned run on the same samples, paired."
+)
+_MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    path: Path
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """A run's folder.
+
+        Raises:
+            EvaluationError: it is not finished, or broken.
+        """
+        summary = Folder(path).summary()
+        if not {"settings", "metric", "cost", "samples"} <= summary.keys():
+            raise EvaluationError(f"{path / SUMMARY} is no summary of an evaluation")
+        return cls(path, summary["settings"], summary)
+
+    @property
+    def task(self) -> Task:
+        """The benchmark."""
+        if self.settings["task"] not in TASKS:
+            raise EvaluationError(f"{self.path}: unknown task {self.settings['task']!r}")
+        return TASKS[self.settings["task"]]
+
+    @property
+    def method(self) -> str:
+        """The pruner's name."""
+        return self.settings["pruner"]["name"]
+
+    @property
+    def fields(self) -> str:
+        """The pruner's fields, short."""
+        return " ".join(f"{name}={_short(value)}" for name, value in self.settings["pruner"].items() if name != "name")
+
+    def not_comparable(self, other: Result) -> list[str]:
+        """What differs between two runs beside the pruner."""
+        ours, theirs = (
+            {name: value for name, value in one.settings.items() if not name.startswith("pruner")}
+            for one in (other, self)
+        )
+        return differences(ours, theirs)
+
+    def cost(self, measure: str, pruned: bool = True) -> float | None:
+        """A measure of `Cost.table`, in the mean over samples."""
+        cost = self.summary["cost"]
+        if cost is None:
+            return None
+        figure = cost["table"][measure][int(pruned)]
+        return figure if measure == "mean_image_tokens" else figure / cost["samples"]
+
+    def share(self, measure: str) -> float | None:
+        """A measure's pruned figure over its unpruned one."""
+        return self.summary["cost"] and self.summary["cost"]["shares"][measure]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run as a line of a long table; None where there is nothing to say.
+
+    Costs are means over samples, shares and FLOPs those of the prefill by both conventions; ``difference`` is the
+    figure minus the unpruned run's.
+    """
+
+    model: str
+    task: str
+    method: str
+    fields: str
+    budget: float | None
+    folder: str
+    figure: str | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+    mean_image_tokens: float | None = None
+    mean_image_tokens_share: float | None = None
+    eq10_flops: float | None = None
+    eq10_share: float | None = None
+    exact_flops: float | None = None
+    exact_share: float | None = None
+    kv_share: float | None = None
+    samples: int = 0
+    failed: int = 0
+    unparsed: int = 0
+    excluded: int = 0
+    note: str = ""
+
+
+def line(result: Result, baseline: Result | None = None, budget: float | None = None) -> Line:
+    """A run, compared with the unpruned one where there is one like it.
+
+    ``p`` is McNemar's exact one where scores are right or wrong, else the paired bootstrap's.
+    """
+    metric, samples = result.summary["metric"], result.summary["samples"]
+    low, high = metric["interval"] if metric and metric["interval"] else (None, None)
+    difference, note = None, ""
+    if baseline is not None and baseline.path != result.path:
+        if other := result.not_comparable(baseline):
+            note = f"not compared with the unpruned run: {other[0]}"
+        else:
+            difference = compare(baseline, result)
+    bounds = difference["interval"] if difference and difference["interval"] else (None, None)
+    return Line(
+        model=result.settings["model"],
+        task=result.settings["task"],
+        method=result.method,
+        fields=result.fields,
+        budget=budget,
+        folder=str(result.path),
+        figure=metric and metric["figure"],
+        value=metric and metric["value"],
+        low=low,
+        high=high,
+        difference=difference and difference["difference"],
+        difference_low=bounds[0],
+        difference_high=bounds[1],
+        p=difference and (difference["p_bootstrap"] if difference["p_mcnemar"] is None else difference["p_mcnemar"]),
+        mean_image_tokens=result.cost("mean_image_tokens"),
+        mean_image_tokens_share=result.share("mean_image_tokens"),
+        eq10_flops=result.cost("paper_flops"),
+        eq10_share=result.share("paper_flops"),
+        exact_flops=result.cost("exact_flops"),
+        exact_share=result.share("exact_flops"),
+        kv_share=result.share("kv_bytes"),
+        samples=samples["answered"],
+        failed=samples["failed"],
+        unparsed=metric["unparsed"] if metric else 0,
+        excluded=metric["excluded"] if metric else 0,
+        note=note,
+    )
+
+
+def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
+    """`Task.compare` on the samples that both have answered, None where there is none."""
+    pair = [{own.sample.id: own for own in Folder(one.path).outcomes()} for one in (baseline, result)]
+    both = [key for key in pair[0] if key in pair[1]]
+    if not both:
+        return None
+    first, second = ([outcomes[key] for key in both] for outcomes in pair)
+    return result.task.compare(first, second, result.settings["seed"])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
+        return f"**{self.title}**\n\n{body}\n"
+
+
+def to_csv(lines: Iterable[Line]) -> str:
+    """Lines with a header."""
+    text = io.StringIO()
+    rows = [asdict(one) for one in lines]
+    writer = csv.DictWriter(text, list(Line.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def budget_grid(lines: Sequence[Line], title: str) -> Grid:
+    """Method by budget: the figure, what it lost, and what it cost by every convention."""
+    figure = next((own.figure for own in lines if own.figure), "figure")
+    header = ("method", "budget", figure, "Δ", "p", "a layer", "tokens", "Eq. 10", "exact", "KV", "fields", "left out")
+    rows = []
+    for own in lines:
+        left_out = {"failed": own.failed, "unparsed": own.unparsed, "unmarked": own.excluded}
+        rows.append(
+            (
+                own.method,
+                _MISSING if own.budget is None else f"{own.budget:.0%}",
+                _with_interval(own.value, own.low, own.high),
+                _with_interval(own.difference, own.difference_low, own.difference_high, "+.1f"),
+                _MISSING if own.p is None else f"{own.p:.2g}",
+                _number(own.mean_image_tokens, ".1f"),
+                *(_number(s, ".1%") for s in (own.mean_image_tokens_share, own.eq10_share, own.exact_share)),
+                _number(own.kv_share, ".1%"),
+                own.fields,
+                own.note or ", ".join(f"{count} {name}" for name, count in left_out.items() if count),
+            )
+        )
+    return Grid(title, header, tuple(rows))
+
+
+def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
+    """The finished runs in or below the folders, and the folders of unfinished ones.
+
+    Raises:
+        EvaluationError: no such folder, or no run in it.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise EvaluationError(f"{path}: no such folder")
+        below = sorted(settings.parent for settings in path.rglob(SETTINGS))
+        if not below:
+            raise EvaluationError(f"{path}: holds no results of vlmflow eval or sweep")
+        found |= dict.fromkeys(below)
+    unfinished = [path for path in found if not (path / SUMMARY).is_file()]
+    return [Result.read(path) for path in found if path not in unfinished], unfinished
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables in the paper's form, and every run as a line."""
+
+    grids: tuple[Grid, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """All of it."""
+        parts = [grid.markdown() for grid in self.grids]
+        return "\n".join([*parts, *(f"- {note}\n" for note in self.notes)])
+
+
+_FORMS = {
+    "qa": "Table 1: multiple choice, hallucination and short answers",
+    "caption": "Table 2: captions and open answers",
+}
+
+
+def report(results: Sequence[Result]) -> Report:
+    """Put runs into the form of the paper's Tables 1 and 2: models by methods, a column a task.
+
+    Raises:
+        EvaluationError: two runs of one model, method and task, or none at all.
+    """
+    if not results:
+        raise EvaluationError("no finished run to report")
+    cells: dict[tuple[str, str, str], Result] = {}
+    labels = _labels(results)
+    for one in results:
+        key = (one.settings["model"], labels[one.path], one.settings["task"])
+        if key in cells:
+            other = cells[key]
+            why = one.not_comparable(other) or ["nothing else differs"]
+            raise EvaluationError(
+                f"{other.path} and {one.path} are both {key[1]} of {key[0]} on {key[2]} ({why[0]}); report them apart"
+            )
+        cells[key] = one
+    baselines = {(model, task): one for (model, _, task), one in cells.items() if one.method == "none"}
+    lines = {key: line(one, baselines.get((key[0], key[2]))) for key, one in cells.items()}
+    grids = []
+    for preset, title in _FORMS.items():
+        own = {key: lines[key] for key, one in cells.items() if one.task.preset == preset}
+        if own:
+            grids += [_scores(own, title), _losses(own, title)]
+    notes = ["Bold: a model's best figure. Italic: its cheapest method, unpruned included.", COSTS]
+    notes += [f"{own.folder}: {own.failed} samples failed" for own in lines.values() if own.failed]
+    notes += [f"{own.folder}: {own.unparsed} answers unparsed" for own in lines.values() if own.unparsed]
+    notes += [f"{own.folder}: {own.excluded} answers unmarked" for own in lines.values() if own.excluded]
+    notes += [f"{own.folder}: {own.note}" for own in lines.values() if own.note]
+    return Report(tuple(grid for grid in grids if grid.rows), tuple(lines.values()), tuple(notes))
+
+
+def _labels(results: Sequence[Result]) -> dict[Path, str]:
+    """A method's name, with its fields where a table would hold several of that name."""
+    several: dict[tuple[str, str, str], set[str]] = {}
+    for one in results:
+        several.setdefault((one.settings["model"], one.task.preset, one.method), set()).add(one.fields)
+    return {
+        one.path: f"{one.method} {one.fields}"
+        if len(several[one.settings["model"], one.task.preset, one.method]) > 1
+        else one.method
+        for one in results
+    }
+
+
+def _scores(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
+    tasks = list(dict.fromkeys(task for _, _, task in lines))
+    methods = _methods(lines)
+    costs = {key: _costs([own for (*row, _), own in lines.items() if tuple(row) == key]) for key in methods}
+    largest = max((cost[0] for cost in costs.values() if cost[0] is not None), default=0.0)
+    unit, scale = ("TFLOPs", 1e12) if largest >= 1e11 else ("GFLOPs", 1e9)
+    header = ("model", "method", f"{unit} (Eq. 10)", "ratio", "exact ratio", *(_head(lines, task) for task in tasks))
+    rows = []
+    for model, method in methods:
+        flops, *ratios = costs[model, method]
+        cheapest = [
+            min((c[i] for (m, _), c in costs.items() if m == model and c[i] is not None), default=None)
+            for i in range(3)
+        ]
+        cells = [_number(flops and flops / scale, ".2f"), *(_number(ratio, ".0%") for ratio in ratios)]
+        marked = [
+            f"_{cell}_" if cost == low and cost is not None else cell
+            for cell, cost, low in zip(cells, costs[model, method], cheapest, strict=True)
+        ]
+        for task in tasks:
+            own = lines.get((model, method, task))
+            top = max(
+                (o.value for (m, _, t), o in lines.items() if (m, t) == (model, task) and o.value is not None),
+                default=None,
+            )
+            text = _with_interval(own.value, own.low, own.high) if own else _MISSING
+            marked.append(f"**{text}**" if own and own.value is not None and own.value == top else text)
+        rows.append((model, method, *marked))
+    return Grid(title, header, tuple(rows))
+
+
+def _head(lines: dict[tuple[str, str, str], Line], task: str) -> str:
+    figure = next((own.figure for (*_, t), own in lines.items() if t == task and own.figure), None)
+    return f"{task} ({figure})" if figure else task
+
+
+def _losses(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
+    """Differences to the unpruned run."""
+    tasks = list(dict.fromkeys(task for _, _, task in lines))
+    rows = []
+    for model, method in _methods(lines):
+        own = [lines.get((model, method, task)) for task in tasks]
+        if any(one and one.difference is not None for one in own):
+            cells = [
+                f"{_with_interval(one.difference, one.difference_low, one.difference_high, '+.1f')}, p = {one.p:.2g}"
+                if one and one.difference is not None and one.p is not None
+                else _MISSING
+                for one in own
+            ]
+            rows.append((model, method, *cells))
+    return Grid(f"{title}: differences to the unpruned run", ("model", "method", *tasks), tuple(rows))
+
+
+def _methods(lines: dict[tuple[str, str, str], Line]) -> list[tuple[str, str]]:
+    """Models in the order given, and of each the unpruned run first."""
+    models = list(dict.fromkeys(model for model, *_ in lines))
+    keys = dict.fromkeys((model, method) for model, method, _ in lines)
+    return sorted(keys, key=lambda key: (models.index(key[0]), key[1] != "none"))
+
+
+def _costs(lines: Sequence[Line]) -> tuple[float | None, float | None, float | None]:
+    """Eq. 10's FLOPs and both shares, in the mean over the tasks."""
+
+    def mean(values: list[float | None]) -> float | None:
+        held = [value for value in values if value is not None]
+        return sum(held) / len(held) if held else None
+
+    return (
+        mean([own.eq10_flops for own in lines]),
+        mean([own.eq10_share for own in lines]),
+        mean([own.exact_share for own in lines]),
+    )
+
+
+def _with_interval(value: float | None, low: float | None, high: float | None, form: str = ".1f") -> str:
+    if value is None:
+        return _MISSING
+    return f"{value:{form}}" if low is None or high is None else f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _number(value: float | None, form: str) -> str:
+    return _MISSING if value is None else f"{value:{form}}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
