@@ -2,10 +2,11 @@
 
 import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import Tensor
 
 import tiny
 from vlmflow import VTW, HiMAP, PyramidDrop, Unpruned, attach, prune
@@ -103,11 +104,11 @@ def test_equals_edited_attention(family, attn, how):
     """A left-padded batch with several images, by every path, in two layers."""
     small = tiny.build(family, attn)
     batch = small.collate(with_image(small))
+    plain, _, _ = forward(small.model, batch)
     for path in PATHS:
         expected, _, _ = forward(small.model, batch, [Edited(layers=(1, 3), how=how, **path)])
         logits, _, _ = forward(small.model, batch, [Knockout(layers=(1, 3), how=how, **path)])
         torch.testing.assert_close(logits[real(batch)], expected[real(batch)], atol=1e-4, rtol=0)
-        plain, _, _ = forward(small.model, batch)
         assert (logits - plain)[real(batch)].abs().max() > 1e-2
 
 
@@ -170,50 +171,49 @@ def test_pruning_is_knocking_out(family, attn, pruner):
     assert (steps - answer(small.model, batch, taps)).abs().max() < 1e-4
 
 
+@dataclass
+class Witness:
+    """Writes down what a layer's attention gives to whoever wraps it."""
+
+    layers: tuple[int, ...]
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, call):
+        out, weights = call.kernel.run()
+        self.seen[call.layer] = out
+        return out, weights
+
+
 def test_other_layers_and_rows_keep_every_bit():
-    """The blocked layer's rows before the image are the kernel's own; so is every layer before it."""
+    """Only the layer named gives something else than its kernel, and only in rows that lose something."""
     small = tiny.build("llava")
-    sample, seen = small.samples[0], {}
-
-    @dataclass
-    class Witness:
-        layers: tuple[int, ...] = tuple(range(6))
-
-        def __call__(self, call):
-            out, weights = call.kernel.run()
-            seen.setdefault(call.layer, []).append(out)
-            return out, weights
-
-    _, layout, _ = forward(small.model, sample, [Witness()])
-    forward(small.model, sample, [Knockout("image", "instruction", (3,)), Witness()])
+    inside, outside = Witness(tuple(range(6))), Witness(tuple(range(6)))
+    _, layout, _ = forward(small.model, small.samples[0], [inside, Knockout("image", "instruction", (3,)), outside])
     for layer in range(6):
-        one, other = (out[0] for out in seen[layer])
-        assert torch.equal(one[layout.system[0]], other[layout.system[0]])
-        if layer <= 3:
-            assert torch.equal(one[layout.image[0]], other[layout.image[0]])
-        if layer < 3:
+        one, other = inside.seen[layer][0], outside.seen[layer][0]
+        if layer != 3:
             assert torch.equal(one, other)
-    one, other = (out[0] for out in seen[3])
-    assert ((one - other)[layout.instruction[0]].abs().amax((1, 2)) > 1e-4).all()
+        else:
+            rest = ~layout.instruction[0]
+            assert torch.equal(one[rest], other[rest])
+            assert ((one - other)[~rest].abs().amax((1, 2)) > 1e-4).all()
+
+
+@kernels
+@pytest.mark.parametrize("how", ["zero", "mask"])
+def test_a_query_without_keys_attends_to_nothing(attn, how):
+    small, outside = tiny.build("llava", attn), Witness((2,))
+    batch = small.collate(small.samples[:3])
+    _, layout, _ = forward(small.model, batch, [Knockout("all", "instruction", (2,), how=how), outside])
+    assert (outside.seen[2][layout.instruction] == 0).all()
+    assert (outside.seen[2][layout.image] != 0).any()
 
 
 @kernels
 def test_heads_are_blocked_alone(attn):
-    small, seen = tiny.build("llava", attn), []
-
-    @dataclass
-    class Witness:
-        layers: tuple[int, ...] = (2,)
-
-        def __call__(self, call):
-            out, weights = call.kernel.run()
-            seen.append(out)
-            return out, weights
-
-    knockout = Knockout("image", "instruction", (2,), heads=[3])
-    forward(small.model, small.samples[0], [Witness()])
-    forward(small.model, small.samples[0], [knockout, Witness()])
-    changed = (seen[0] - seen[1]).abs().amax((0, 1, 3))
+    small, inside, outside = tiny.build("llava", attn), Witness((2,)), Witness((2,))
+    forward(small.model, small.samples[0], [inside, Knockout("image", "instruction", (2,), heads=[3]), outside])
+    changed = (inside.seen[2] - outside.seen[2]).abs().amax((0, 1, 3))
     assert (changed[:3] == 0).all()
     assert changed[3] > 1e-3
 
@@ -281,7 +281,7 @@ def test_lets_go_of_q_k_and_v():
     small, alive = tiny.build("llava"), []
 
     @dataclass
-    class Witness:
+    class Holds:
         layers: tuple[int, ...] = (1, 2)
 
         def __call__(self, call):
@@ -290,7 +290,7 @@ def test_lets_go_of_q_k_and_v():
 
     gc.disable()
     try:
-        forward(small.model, small.samples[0], [Knockout("image", "instruction", (1,)), Witness()])
+        forward(small.model, small.samples[0], [Knockout("image", "instruction", (1,)), Holds()])
         assert len(alive) == 6
         assert not any(reference() is not None for reference in alive)
     finally:

@@ -178,8 +178,9 @@ def test_checkpointing_and_kernels_change_nothing(family, attn):
 
 
 @forms
-def test_tiles_change_nothing(form, monkeypatch):
-    small = tiny.build("llava")
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])  # of the last two, images see ahead
+def test_tiles_change_nothing(family, form, monkeypatch):
+    small = tiny.build(family)
     batch = small.collate(seen(small))
     expected = saliency(small.model, batch, 7, form=form, record=[2])
     monkeypatch.setattr("vlmflow.flow.saliency._TILE_BUDGET", {"cpu": 5 * 3 * 4 * batch["input_ids"].shape[1]})
