@@ -92,20 +92,21 @@ class Answerer:
     @torch.inference_mode()
     def __call__(self, items: Iterable[Item]) -> list[str]:
         """The answer to each item."""
+        batch = list(items)
         chats = [
             [
                 {
                     "role": "user",
-                    "content": [
-                        {"type": "image", "image": item.image},
-                        {"type": "text", "text": item.question.text},
-                    ],
+                    "content": [{"type": "image"}, {"type": "text", "text": item.question.text}],
                 }
             ]
-            for item in items
+            for item in batch
         ]
-        inputs = self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        inputs = self.processor(
+            text=self.processor.apply_chat_template(chats, add_generation_prompt=True),
+            images=[[item.image] for item in batch],
+            padding=True,
+            return_tensors="pt",
         )
         output = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             **inputs, do_sample=False, max_new_tokens=32
