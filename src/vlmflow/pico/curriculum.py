@@ -21,14 +21,18 @@ class Stage:
     adam_rate: float = 2e-3
     tower_rate: float = 2e-4
     decay: float = 0.01
+    focus: tuple[str, ...] = ()  # kinds of questions that are drawn three times as often as others
     easy_vqa: int = 0  # one part in so many is of easy-vqa's train split; 0 is none
 
 
+SLOW = ("colour", "position", "count", "choice_colour", "choice_position")
 STAGES = (
     Stage("align", 96, (3, 5), 1200, 48, 12, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
     Stage("detect", 56, (1, 2), 300, 16, 4, questions=(16, 0)),
     Stage("choose", 96, (1, 4), 200, 16, 4, questions=(12, 4), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("bind", 96, (1, 5), 1000, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("wide", 192, (1, 6), 1000, 8, 2, questions=(16, 6), muon_rate=0.015, adam_rate=1.5e-3, easy_vqa=8),
+    Stage("bind", 96, (1, 5), 1000, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW),
+    Stage(
+        "wide", 192, (1, 6), 1000, 8, 2, questions=(14, 8), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW, easy_vqa=8
+    ),
     Stage("full", 192, (2, 12), 4000, 8, 2, questions=(16, 6), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
 )

@@ -101,7 +101,7 @@ def part_batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, step: int, part
         return collate(tokenizer, [easy_example(seed, stage.canvas, stage.questions) for seed in seeds])
     return collate(
         tokenizer,
-        [scene_example("train", seed, stage.canvas, stage.counts, stage.questions) for seed in seeds],
+        [scene_example("train", seed, stage.canvas, stage.counts, stage.questions, stage.focus) for seed in seeds],
     )
 
 
