@@ -113,7 +113,7 @@ def pareto(
         axis.plot(x, y, "o", color="black", markersize=13, fillstyle="none", label="not beaten")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(figure_name)
+    axes[0].set_ylabel(f"{figure_name} (95 % intervals)")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=9)
     _save(figure, path)

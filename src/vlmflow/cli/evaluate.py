@@ -29,7 +29,7 @@ from vlmflow.cli.common import (
     refusals,
 )
 from vlmflow.pruners import PRUNERS, make_pruner
-from vlmflow.tasks import TASKS, Judge, Source, Task, TaskError
+from vlmflow.tasks import TASKS, Judge, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
     from vlmflow.evaluate.folder import Row
@@ -87,7 +87,8 @@ def evaluate(
         if dry_run and marker is None:
             raise ValueError("--dry-run writes a judge's requests; name the judge with --judge")
         where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
-        _check(chosen, where, prompt_style, rule, limit)
+        _check_out(out_dir)
+        samples = _samples(chosen, where, prompt_style, rule, limit)
     vlm = load_model(model, device, dtype)
     from vlmflow.evaluate.budgets import for_task
     from vlmflow.evaluate.runner import Evaluation, mark, run, write_requests
@@ -95,7 +96,6 @@ def evaluate(
     with refusals(), stoppable():
         method, origin = for_task(pruner, settings, chosen.preset, vlm.n_layers)
         evaluation = Evaluation(chosen, method, origin, where, prompt_style, rule, limit, max_new_tokens)
-        samples = evaluation.samples()
         with bars() as progress:
             summary = run(
                 vlm,
@@ -144,7 +144,7 @@ def sweep(
     dtype: DtypeOption = "auto",
     json_: JsonOption = False,
 ) -> None:
-    """Evaluate methods at equal budgets on a task, beside the unpruned run: a table, and a picture of what they lose."""
+    """Evaluate methods at equal budgets on a task, beside the unpruned run: a table and a picture."""
     with refusals():
         names = [name.strip() for name in pruners.split(",") if name.strip()]
         for name in names:
@@ -154,9 +154,8 @@ def sweep(
         if chosen.rubric is not None:
             raise ValueError(f"{task} needs a judge; evaluate its methods one by one with eval --judge")
         where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
-        _check(chosen, where, prompt_style, rule, limit)
-        if out_dir.is_file():
-            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
+        _check_out(out_dir)
+        samples = _samples(chosen, where, prompt_style, rule, limit)
     vlm = load_model(model, device, dtype)
     from vlmflow.evaluate.runner import Evaluation
     from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
@@ -171,10 +170,11 @@ def sweep(
             def shown(number: int, cell: Cell) -> Progress:
                 return show(progress, f"{cell.folder} ({number + 1}/{len(cells)})")
 
-            lines = evaluate_cells(
-                vlm, asked, cells, out_dir, samples=asked.samples(), batch_size=batch_size, progress=shown
-            )
-        _print(sweep_grid(lines, chosen.title))
+            lines = evaluate_cells(vlm, asked, cells, out_dir, samples=samples, batch_size=batch_size, progress=shown)
+        _print(sweep_grid(lines, chosen.title, wide=False))
+        for line in lines:
+            if line.note:
+                notes.print(line.note, highlight=False, markup=False)
         written = ["sweep.md", "sweep.csv", "sweep.json"]
         if _draw(lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
             written.append("pareto.png")
@@ -267,11 +267,17 @@ def _task(name: str) -> Task:
     return TASKS[name]
 
 
-def _check(task: Task, source: Source, style: str | None, rule: str | None, limit: int | None) -> None:
-    """Refuse a wrong source, style or rule before a model is loaded."""
-    first = task.samples(source, limit and 1)[0]
-    task.prompt(first, style)
-    task.parse("", first, rule)
+def _samples(task: Task, source: Source, style: str | None, rule: str | None, limit: int | None) -> list[Sample]:
+    """The samples; a wrong source, style or rule is refused before a model is loaded."""
+    samples = task.samples(source, limit)
+    task.prompt(samples[0], style)
+    task.parse("", samples[0], rule)
+    return samples
+
+
+def _check_out(folder: Path) -> None:
+    if folder.is_file():
+        raise ValueError(f"--out wants a folder, and {folder} is a file")
 
 
 def _absolute(path: Path | None) -> Path | None:

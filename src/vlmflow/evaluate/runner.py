@@ -58,19 +58,20 @@ class Evaluation:
         """The samples that are asked.
 
         Raises:
-            TaskError: what is wrong with the source, the prompt style or the answer rule.
+            TaskError: what is wrong with the source.
         """
-        samples = self.task.samples(self.source, self.limit)
-        self.task.prompt(samples[0], self.prompt)
-        self.task.parse("", samples[0], self.rule)
-        return samples
+        return self.task.samples(self.source, self.limit)
 
     def settings(self, vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that an answer depends on; two runs with the same settings give the same summary.
 
         Batch size and device are not among them, as they change no more than the last bits of a logit.
+
+        Raises:
+            TaskError: unknown prompt style or answer rule.
         """
         model = vlm.model
+        self.task.parse("", samples[0], self.rule)
         content = hashlib.sha256()
         for sample in samples:
             asked = [sample.id, [picture.name for picture in sample.images], self.task.prompt(sample, self.prompt)]

@@ -92,20 +92,22 @@ def sweep(
     common = {name: value for name, value in baseline.settings.items() if not name.startswith("pruner")}
     write_text(out / "sweep.csv", to_csv(lines))
     write_json(out / "sweep.json", {"settings": common, "lines": [asdict(own) for own in lines]})
-    write_text(out / "sweep.md", _markdown(sweep_grid(lines, evaluation.task.title), common))
+    write_text(out / "sweep.md", _markdown(lines, evaluation.task.title, common))
     return lines
 
 
-def sweep_grid(lines: Sequence[Line], title: str) -> Grid:
-    """The table of a sweep."""
-    return budget_grid(lines, f"{title}: every method at every budget")
+def sweep_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Grid:
+    """The table of a sweep; without ``wide`` as it fits a terminal."""
+    return budget_grid(lines, f"{title}: every method at every budget", wide)
 
 
-def _markdown(grid: Grid, settings: dict[str, Any]) -> str:
+def _markdown(lines: Sequence[Line], title: str, settings: dict[str, Any]) -> str:
     built_with = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     what = (
         f"Model {settings['model']} ({settings['dtype']}, weights {settings['weights'][:12]}), "
         f"{settings['samples']['count']} samples, prompt style {settings['prompt']}, answer rule {settings['rule']}, "
         f"greedy, at most {settings['max_new_tokens']} new tokens; {built_with}."
     )
-    return f"{grid.markdown()}\n{what}\n\n{BUDGETS}\n\n{COSTS}\n\n![Figure against FLOPs](pareto.png)\n"
+    refusals = "".join(f"- {own.note}\n" for own in lines if own.note)
+    parts = [sweep_grid(lines, title).markdown(), refusals, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"

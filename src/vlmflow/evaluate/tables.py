@@ -14,7 +14,7 @@ from vlmflow.tasks import TASKS, Task
 
 COSTS = (
     "Costs are those of the prefill, means over samples, as shares of the unpruned run. "
-    "A layer: image tokens that enter a layer, in the mean over layers. "
+    "A layer: image tokens that enter a layer, in the mean over layers; of all: as a share of a prompt's image tokens. "
     "Eq. 10: the paper's FLOPs, which count multiply-adds of image tokens only, no text. "
     "Exact: every matrix product of the text decoder at two FLOPs a multiply-add, text, head and ranking included. "
     "KV: bytes of the cache after the prefill. Intervals are 95 % bootstraps over images; Δ is the difference to the "
@@ -130,7 +130,10 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
             note = f"not compared with the unpruned run: {other[0]}"
         else:
             difference = compare(baseline, result)
-    bounds = difference["interval"] if difference and difference["interval"] else (None, None)
+    delta, p, bounds = None, None, (None, None)
+    if difference is not None:
+        delta, bounds = difference["difference"], difference["interval"] or bounds
+        p = difference["p_bootstrap"] if difference["p_mcnemar"] is None else difference["p_mcnemar"]
     return Line(
         model=result.settings["model"],
         task=result.settings["task"],
@@ -142,10 +145,10 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
         value=metric and metric["value"],
         low=low,
         high=high,
-        difference=difference and difference["difference"],
+        difference=delta,
         difference_low=bounds[0],
         difference_high=bounds[1],
-        p=difference and (difference["p_bootstrap"] if difference["p_mcnemar"] is None else difference["p_mcnemar"]),
+        p=p,
         mean_image_tokens=result.cost("mean_image_tokens"),
         mean_image_tokens_share=result.share("mean_image_tokens"),
         eq10_flops=result.cost("paper_flops"),
@@ -196,28 +199,31 @@ def to_csv(lines: Iterable[Line]) -> str:
     return text.getvalue()
 
 
-def budget_grid(lines: Sequence[Line], title: str) -> Grid:
-    """Method by budget: the figure, what it lost, and what it cost by every convention."""
+def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Grid:
+    """Method by budget: the figure, what it lost, and what it cost by every convention; ``wide`` with all columns."""
+    columns: dict[str, list[str]] = {}
     figure = next((own.figure for own in lines if own.figure), "figure")
-    header = ("method", "budget", figure, "Δ", "p", "a layer", "tokens", "Eq. 10", "exact", "KV", "fields", "left out")
-    rows = []
     for own in lines:
-        left_out = {"failed": own.failed, "unparsed": own.unparsed, "unmarked": own.excluded}
-        rows.append(
-            (
-                own.method,
-                _MISSING if own.budget is None else f"{own.budget:.0%}",
-                _with_interval(own.value, own.low, own.high),
-                _with_interval(own.difference, own.difference_low, own.difference_high, "+.1f"),
-                _MISSING if own.p is None else f"{own.p:.2g}",
-                _number(own.mean_image_tokens, ".1f"),
-                *(_number(s, ".1%") for s in (own.mean_image_tokens_share, own.eq10_share, own.exact_share)),
-                _number(own.kv_share, ".1%"),
-                own.fields,
-                own.note or ", ".join(f"{count} {name}" for name, count in left_out.items() if count),
-            )
-        )
-    return Grid(title, header, tuple(rows))
+        counts = {"failed": own.failed, "unparsed": own.unparsed, "unmarked": own.excluded}
+        cells = {
+            "method": own.method,
+            "budget": _number(own.budget, ".0%"),
+            figure: _with_interval(own.value, own.low, own.high),
+            "Δ": _with_interval(own.difference, own.difference_low, own.difference_high, "+.1f"),
+            "p": _number(own.p, ".2g"),
+            "a layer": _number(own.mean_image_tokens, ".1f"),
+            "of all": _number(own.mean_image_tokens_share, ".1%"),
+            "Eq. 10": _number(own.eq10_share, ".1%"),
+            "exact": _number(own.exact_share, ".1%"),
+            "KV": _number(own.kv_share, ".1%"),
+            "fields": own.fields,
+            "of them": ", ".join(f"{count} {name}" for name, count in counts.items() if count),
+        }
+        for name, cell in cells.items():
+            columns.setdefault(name, []).append(cell)
+    if not wide:
+        columns = {name: cells for name, cells in columns.items() if name not in ("p", "a layer", "fields", "of them")}
+    return Grid(title, tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
 
 def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
@@ -284,7 +290,7 @@ def report(results: Sequence[Result]) -> Report:
         own = {key: lines[key] for key, one in cells.items() if one.task.preset == preset}
         if own:
             grids += [_scores(own, title), _losses(own, title)]
-    notes = ["Bold: a model's best figure. Italic: its cheapest method, unpruned included.", COSTS]
+    notes = ["**A model's best figure**, _its cheapest method_.", COSTS]
     notes += [f"{own.folder}: {own.failed} samples failed" for own in lines.values() if own.failed]
     notes += [f"{own.folder}: {own.unparsed} answers unparsed" for own in lines.values() if own.unparsed]
     notes += [f"{own.folder}: {own.excluded} answers unmarked" for own in lines.values() if own.excluded]
@@ -314,25 +320,19 @@ def _scores(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
     header = ("model", "method", f"{unit} (Eq. 10)", "ratio", "exact ratio", *(_head(lines, task) for task in tasks))
     rows = []
     for model, method in methods:
-        flops, *ratios = costs[model, method]
-        cheapest = [
-            min((c[i] for (m, _), c in costs.items() if m == model and c[i] is not None), default=None)
-            for i in range(3)
-        ]
-        cells = [_number(flops and flops / scale, ".2f"), *(_number(ratio, ".0%") for ratio in ratios)]
-        marked = [
-            f"_{cell}_" if cost == low and cost is not None else cell
-            for cell, cost, low in zip(cells, costs[model, method], cheapest, strict=True)
-        ]
+        cells = [model, method]
+        for i, cost in enumerate(costs[model, method]):
+            least = min((own[i] or 0.0 for (m, _), own in costs.items() if m == model), default=0.0)
+            text = _number(cost, ".0%") if i else _number(cost and cost / scale, ".2f")
+            cells.append(f"_{text}_" if cost and cost == least else text)
         for task in tasks:
-            own = lines.get((model, method, task))
-            top = max(
-                (o.value for (m, _, t), o in lines.items() if (m, t) == (model, task) and o.value is not None),
-                default=None,
-            )
+            column = {key: own for key, own in lines.items() if (key[0], key[2]) == (model, task)}
+            own = column.get((model, method, task))
+            best = max((one.value for one in column.values() if one.value is not None), default=None)
             text = _with_interval(own.value, own.low, own.high) if own else _MISSING
-            marked.append(f"**{text}**" if own and own.value is not None and own.value == top else text)
-        rows.append((model, method, *marked))
+            fair = not any(one.note for one in column.values())
+            cells.append(f"**{text}**" if own and fair and own.value is not None and own.value == best else text)
+        rows.append(tuple(cells))
     return Grid(title, header, tuple(rows))
 
 
@@ -359,10 +359,11 @@ def _losses(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
 
 
 def _methods(lines: dict[tuple[str, str, str], Line]) -> list[tuple[str, str]]:
-    """Models in the order given, and of each the unpruned run first."""
+    """Models in the order given, and of each the unpruned run first, then one method after the other."""
     models = list(dict.fromkeys(model for model, *_ in lines))
-    keys = dict.fromkeys((model, method) for model, method, _ in lines)
-    return sorted(keys, key=lambda key: (models.index(key[0]), key[1] != "none"))
+    names = {(model, method): own.method for (model, method, _), own in lines.items()}
+    order = ["none", *sorted({*names.values()} - {"none"}, key=list(dict.fromkeys(names.values())).index)]
+    return sorted(names, key=lambda key: (models.index(key[0]), order.index(names[key])))
 
 
 def _costs(lines: Sequence[Line]) -> tuple[float | None, float | None, float | None]:
