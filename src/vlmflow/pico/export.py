@@ -16,6 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from vlmflow.pico import MODEL_DIR, SAMPLES_DIR, checksum
@@ -43,6 +44,7 @@ def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None
         start[stage.name], total = total, total + stage.steps
     figure = Figure(figsize=(11, 9), layout="constrained")
     losses, accuracies = figure.subplots(2, sharex=True)
+    accuracies.set_prop_cycle(color=colormaps["tab20"].colors)
     lines: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         x = start[row["stage"]] + row["step"]
@@ -75,6 +77,7 @@ def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, 
         for i, s in enumerate(stages)
     ]
     exams = {row["exam"]: row for row in rows if "exam" in row}
+    when = ", ".join(dict.fromkeys(f"{row['stage']} step {row['step']}" for row in exams.values()))
     last = [
         f"| {kind} | " + " | ".join(f"{exam.get(kind, math.nan):.3f}" for exam in exams.values()) + " |"
         for kind in KINDS
@@ -114,8 +117,7 @@ def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, 
             *(["Departures of this run from the recipe:", "", departures] if departures else []),
             "![curves](curves.png)",
             "",
-            "## Last exam of the training, exact answers"
-            + (f" ({rows[-1]['stage']}, step {rows[-1]['step']})" if rows else ""),
+            f"## Last exam of the training, exact answers ({when}, pictures as in that stage)",
             "",
             "| kind | " + " | ".join(exams) + " |",
             "|---|" + "---|" * len(exams),
