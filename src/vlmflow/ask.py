@@ -1,7 +1,8 @@
-"""Ask one question under one pruner, and keep what a reader wants to know of the answer."""
+"""Ask questions under one pruner, and keep what a reader wants to know of the answers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,18 +39,23 @@ class Run:
         }
 
 
-def ask(vlm: VLM, question: Question, pruner: Pruner, max_new_tokens: int) -> Run:
-    """Answer a question greedily with ``pruner`` attached.
+def ask(vlm: VLM, questions: Sequence[Question], pruner: Pruner, max_new_tokens: int) -> list[Run]:
+    """Answer questions in one batch, greedily, with ``pruner`` attached.
 
     Raises:
         ValueError: a pruner or model that do not fit (see ``attach``).
     """
     with prune(vlm.model, pruner) as trace:
-        (answer,) = vlm.generate(vlm.encode([question]), max_new_tokens)
-        image_tokens = tuple(counts[0] for counts in trace.image_tokens)
-        number = trace.layout.image[0].cumsum(0) - 1
-        stages = {
-            stage.layer: tuple(number[trace.kept[stage.layer][0]].tolist())
-            for stage in pruner.stages(trace.n_layers, image_tokens[0])
-        }
-        return Run(pruner, answer, image_tokens, stages, trace.cost())
+        answers = vlm.generate(vlm.encode(questions), max_new_tokens)
+        number = trace.layout.image.cumsum(1) - 1
+        layers = [stage.layer for stage in pruner.stages(trace.n_layers, 0)]
+        return [
+            Run(
+                pruner=pruner,
+                answer=answer,
+                image_tokens=tuple(counts[sample] for counts in trace.image_tokens),
+                stages={layer: tuple(number[sample, trace.kept[layer][sample]].tolist()) for layer in layers},
+                cost=cost,
+            )
+            for sample, (answer, cost) in enumerate(zip(answers, trace.costs(), strict=True))
+        ]

@@ -62,4 +62,4 @@ def versions() -> dict[str, str]:
 
 def plain_table(*columns: str) -> Table:
     """A table without boxes, for terminals and files alike."""
-    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -63,7 +63,12 @@ class Trace:
         return tuple(self._prefill.kv_length(layer) for layer in range(self.n_layers))
 
     def cost(self) -> Cost:
-        """FLOPs and KV bytes of the prefill against the unpruned run's, all samples together, padding not counted.
+        """FLOPs and KV bytes of the prefill against the unpruned run's, all samples together (see ``costs``)."""
+        costs = self.costs()
+        return sum(costs[1:], costs[0])
+
+    def costs(self) -> list[Cost]:
+        """FLOPs and KV bytes of each sample's prefill against the unpruned run's, padding not counted.
 
         Raises:
             ValueError: a model whose geometry is not known, or a prompt that was read on top of an earlier one.
@@ -73,8 +78,7 @@ class Trace:
         geometry = Geometry.from_config(self._config)
         first = self._prefill.history[0]
         samples = zip(first.tokens, first.image_tokens, first.question_tokens, strict=True)
-        costs = [self.pruner.cost(geometry, image, tokens - image, question) for tokens, image, question in samples]
-        return sum(costs[1:], costs[0])
+        return [self.pruner.cost(geometry, image, tokens - image, question) for tokens, image, question in samples]
 
     @property
     def _prefill(self) -> Prefill:
