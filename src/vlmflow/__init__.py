@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmflow.engine import Session, Trace, attach, prune
+    from vlmflow.flow.knockout import Knockout
+    from vlmflow.flow.saliency import Saliency, saliency
+    from vlmflow.flow.withdrawal import withdrawal
     from vlmflow.layout import Layout
     from vlmflow.pruners import (
         PRUNERS,
@@ -28,10 +31,12 @@ __all__ = [
     "VTW",
     "FastV",
     "HiMAP",
+    "Knockout",
     "Layout",
     "Pruner",
     "PyramidDrop",
     "Random",
+    "Saliency",
     "Session",
     "Stage",
     "Trace",
@@ -41,9 +46,17 @@ __all__ = [
     "attach",
     "make_pruner",
     "prune",
+    "saliency",
+    "withdrawal",
 ]
 
-_ROOMS = {"Session": "engine", "Trace": "engine", "attach": "engine", "prune": "engine", "Layout": "layout"}
+_ROOMS = {
+    **dict.fromkeys(("Session", "Trace", "attach", "prune"), "engine"),
+    "Knockout": "flow.knockout",
+    "Layout": "layout",
+    **dict.fromkeys(("Saliency", "saliency"), "flow.saliency"),
+    "withdrawal": "flow.withdrawal",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -244,13 +244,13 @@ class Session:
     def _before_tapped_layer(self, layer_idx: int, tap: Tap) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             prefill, layer = self._prefills.mine(), layer_of(kwargs.get("past_key_values"), layer_idx)
-            batch, n_query = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+            hidden = args[0] if args else kwargs["hidden_states"]
             if prefill is not None:
                 layout, positions = prefill.layout, prefill_positions(prefill, layer)
             else:
                 assert layer is not None, "without a cache, every pass is a prefill"
-                layout, positions = self.trace.layout, decode_positions(layer, batch, n_query)
-            watch(module.self_attn, tapped(tap, layer_idx, layout, positions, n_query))
+                layout, positions = self.trace.layout, decode_positions(layer, hidden)
+            watch(module.self_attn, tapped(tap, layer_idx, layout, positions, hidden.shape[1]))
 
         return hook
 

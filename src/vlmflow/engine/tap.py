@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -69,9 +69,9 @@ def prefill_positions(prefill: Prefill, layer: CacheLayer | None) -> Int[Tensor,
     return torch.arange(prefill.past + length, device=prefill.layout.image.device).expand(batch, -1)
 
 
-def decode_positions(layer: CacheLayer, batch: int, n_query: int) -> Int[Tensor, "batch position"]:
-    """The positions that a layer's keys will stand for after ``n_query`` more tokens."""
-    slots, past = slots_of(layer), physical_length(layer)
+def decode_positions(layer: CacheLayer, hidden: Float[Tensor, "batch query hidden"]) -> Int[Tensor, "batch position"]:
+    """The positions that a layer's keys will stand for once it has read the tokens of ``hidden``."""
+    slots, past, (batch, n_query) = slots_of(layer), physical_length(layer), hidden.shape[:2]
     if slots is not None:
         return slots.followed_by(past - slots.length, n_query)[0]
-    return torch.arange(past + n_query).expand(batch, -1)
+    return torch.arange(past + n_query, device=hidden.device).expand(batch, -1)
