@@ -44,7 +44,7 @@ def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None
         start[stage.name], total = total, total + stage.steps
     figure = Figure(figsize=(11, 9), layout="constrained")
     losses, accuracies = figure.subplots(2, sharex=True)
-    accuracies.set_prop_cycle(color=colormaps["tab20"].colors)
+    accuracies.set_prop_cycle(color=list(colormaps["tab20"](range(20))))
     lines: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         x = start[row["stage"]] + row["step"]
