@@ -112,6 +112,15 @@ def test_a_broken_image_fails_alone_and_is_asked_again_later(vlm, questions, tmp
     assert seen[0] == (0, 6, None)
     assert [row.sample.id for _, _, row in seen if row and row.failure] == ["q2"]
     image.write_bytes(intact)
+
+    def stop(done, total, row):
+        assert not (tmp_path / "out/summary.json").exists() or row is None
+        if row is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(vlm, evaluation(questions), tmp_path / "out", batch_size=3, progress=stop)
+    assert not (tmp_path / "out/summary.json").exists()
     assert run(vlm, evaluation(questions), tmp_path / "out", batch_size=3)["samples"]["failed"] == 0
     run(vlm, evaluation(questions), tmp_path / "intact", batch_size=3)
     assert files(tmp_path / "out") == files(tmp_path / "intact")
@@ -140,23 +149,11 @@ def finished(vlm, questions, tmp_path):
 
 
 def test_a_killed_run_ends_with_the_same_files(vlm, tmp_path):
-    command = [
-        "eval",
-        "--task",
-        "pico",
-        "--limit",
-        "8",
-        "--batch-size",
-        "2",
-        "--max-new-tokens",
-        "4",
-        "--pruner",
-        "himap",
-    ]
+    command = ["eval", "--task", "pico", "--limit", "8", "--batch-size", "2", "--max-new-tokens", "4"]
     out = tmp_path / "killed"
     rows = out / "rows.jsonl"
     process = subprocess.Popen(
-        [sys.executable, "-m", "vlmflow", *command, "--out", str(out)],
+        [sys.executable, "-m", "vlmflow", *command, "--device", "cpu", "--out", str(out)],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -336,6 +333,8 @@ def test_eval_prints_a_table_and_a_record(questions, tmp_path):
     assert "accuracy" in made.stdout
     refused = vlmflow(*args, "--out", tmp_path / "out", "--pruner", "vtw")
     assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert len(refused.stderr.strip().split("\n")) == 1
     assert 'pruner.name was "himap", is "vtw"' in refused.stderr
     assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
 

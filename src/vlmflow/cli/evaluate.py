@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -231,14 +231,13 @@ def bars() -> Bars:
 
 def show(progress: Bars, title: str) -> Progress:
     """A bar that follows a run; samples that fail are told of above it."""
-    bar = progress.add_task(title, total=None, pace="")
-    start, before, failed = time.perf_counter(), 0, 0
+    bar, start, before, failed = TaskID(0), 0.0, 0, 0
 
     def follow(done: int, total: int, row: Row | None) -> None:
-        nonlocal start, before, failed
-        if row is None:
+        nonlocal bar, start, before, failed
+        if row is None:  # not before the folder has been accepted
+            bar = progress.add_task(title, total=total, completed=done, pace="")
             start, before = time.perf_counter(), done
-            progress.update(bar, total=total, completed=done)
             return
         if row.failure is not None:
             failed += 1

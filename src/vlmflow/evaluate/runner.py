@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def run(
         done, start = len(answered), time.time()
         progress(done, len(samples), None)
         if done < len(samples):
+            (out / SUMMARY).unlink(missing_ok=True)  # it would not be that of the rows to come
             folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **_machine(vlm)})
             bad = 0
             for rows in _answers(vlm, evaluation, samples, answered, batch_size):
@@ -191,45 +193,60 @@ def _to_mark(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, st
 
 def _answers(
     vlm: VLM, evaluation: Evaluation, samples: Sequence[Sample], answered: set[str], batch_size: int
-) -> Iterable[list[Row]]:
-    """The rows that are missing, batch by batch."""
+) -> Iterator[list[Row]]:
+    """The rows that are missing, batch by batch; the next batch's images are opened while the model answers."""
     pricing = Pricing.of(vlm, evaluation.pruner)
-    with attach(vlm.model, evaluation.pruner) as trace:
-        for first in range(0, len(samples), batch_size):
-            batch = samples[first : first + batch_size]
-            if any(sample.id not in answered for sample in batch):
-                rows = answer(vlm, evaluation, batch, trace, pricing, answered)
-                yield [row for row in rows if row.sample.id not in answered]
+    batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
+    missing = [batch for batch in batches if any(sample.id not in answered for sample in batch)]
+    with attach(vlm.model, evaluation.pruner) as trace, ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(Opened.open, evaluation, missing[0])
+        for following in (*missing[1:], None):
+            opened = opening.result()
+            if following is not None:
+                opening = pool.submit(Opened.open, evaluation, following)
+            rows = dict(opened.failed)
+            if not opened.questions.keys() <= answered:  # else only what failed is missing, and has failed again
+                rows |= answer(vlm, evaluation, opened, trace, pricing)
+            yield [rows[sample.id] for sample in opened.batch if sample.id in rows and sample.id not in answered]
 
 
-def answer(
-    vlm: VLM, evaluation: Evaluation, batch: Sequence[Sample], trace: Trace, pricing: Pricing, answered: set[str]
-) -> list[Row]:
-    """A row for each sample of a batch, inside the session that ``trace`` belongs to.
+@dataclass(frozen=True)
+class Opened:
+    """A batch with its images: by sample id the questions to ask, and the rows of samples that have failed already."""
 
-    Where nothing but failures is missing from what was ``answered`` before, the model is not asked.
-    """
-    rows, questions = {}, {}
-    for sample in batch:
-        try:
-            pictures = tuple(picture.open() for picture in sample.images)
-            questions[sample.id] = Question(evaluation.task.prompt(sample, evaluation.prompt), pictures)
-        except Exception as error:  # whatever an image reader raises: this sample has failed
+    batch: Sequence[Sample]
+    questions: dict[str, Question]
+    failed: dict[str, Row]
+
+    @classmethod
+    def open(cls, evaluation: Evaluation, batch: Sequence[Sample]) -> Opened:
+        """Read the images of a batch."""
+        opened = cls(batch, {}, {})
+        for sample in batch:
             prompt = evaluation.task.prompt(sample, evaluation.prompt)
-            rows[sample.id] = Row(sample, prompt, failure=_reason(error))
-    opened = [sample for sample in batch if sample.id in questions]
-    if any(sample.id not in answered for sample in opened):
-        for part in (opened, *([sample] for sample in opened)):  # one by one where the batch as a whole fails
-            missing = [sample for sample in part if sample.id not in rows]
-            if not missing:
-                continue
             try:
-                own = _ask(vlm, evaluation, missing, [questions[sample.id] for sample in missing], trace, pricing)
-                rows |= {row.sample.id: row for row in own}
-            except Exception as error:  # too little memory, a processor that refuses: which sample, shows by itself
-                if len(part) == 1:
-                    rows[part[0].id] = Row(part[0], questions[part[0].id].text, failure=_reason(error))
-    return [rows[sample.id] for sample in batch if sample.id in rows]
+                pictures = tuple(picture.open() for picture in sample.images)
+                opened.questions[sample.id] = Question(prompt, pictures)
+            except Exception as error:  # whatever an image reader raises: this sample has failed
+                opened.failed[sample.id] = Row(sample, prompt, failure=_reason(error))
+        return opened
+
+
+def answer(vlm: VLM, evaluation: Evaluation, opened: Opened, trace: Trace, pricing: Pricing) -> dict[str, Row]:
+    """A row for each question of a batch by sample id, inside the session that ``trace`` belongs to."""
+    rows: dict[str, Row] = {}
+    asked = [sample for sample in opened.batch if sample.id in opened.questions]
+    for part in (asked, *([sample] for sample in asked)):  # one by one where the batch as a whole fails
+        if part[0].id in rows:
+            continue
+        questions = [opened.questions[sample.id] for sample in part]
+        try:
+            answers = _ask(vlm, evaluation, part, questions, trace, pricing)
+            rows |= {row.sample.id: row for row in answers}
+        except Exception as error:  # too little memory, a processor that refuses: which sample, shows by itself
+            if len(part) == 1:
+                rows[part[0].id] = Row(part[0], questions[0].text, failure=_reason(error))
+    return rows
 
 
 def _ask(
