@@ -1,9 +1,12 @@
 """Shapes and types in annotations are checked at run time, under pytest only."""
 
+import os
+
 import beartype
 import torch
 from jaxtyping import install_import_hook
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network, and must not wait for one
 checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # a whole number is a float
 install_import_hook("vlmflow", "conftest.checked")
 torch.set_num_threads(1)
