@@ -77,6 +77,13 @@ def test_demo(tmp_path):
     assert json.loads((tmp_path / "demo/record.json").read_text())["asked"] == 2
 
 
+def test_settings_are_judged_by_the_models_own_depth():
+    """The second layer before 2 fits pico's preset, whose first is before 1, though not a deeper model's."""
+    run = vlmflow("run", "--image", SCENE.image, *ASK, "--set", "k2=2", "--json")
+    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    assert only["pruner"] == {"name": "himap", "k1": 1, "r1": 0.5, "k2": 2, "r2": 0.75}
+
+
 def test_lists():
     assert all(name in vlmflow("pruners").stdout for name in PRUNERS)
     assert "qwen2_5_vl" in vlmflow("models").stdout

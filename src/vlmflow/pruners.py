@@ -377,6 +377,16 @@ def make_pruner(name: str, settings: Mapping[str, str], n_layers: int) -> Pruner
     Raises:
         ValueError: unknown name or field, or a value that the field does not take.
     """
+    values = parse_fields(name, settings)
+    return replace(PRUNERS[name].scaled(n_layers), **values)
+
+
+def parse_fields(name: str, settings: Mapping[str, str]) -> dict[str, Any]:
+    """The values that a pruner's fields are set to by text.
+
+    Raises:
+        ValueError: unknown name or field, or text that is no value of the field's type.
+    """
     if name not in PRUNERS:
         raise ValueError(f"unknown pruner {name!r}; choose from {', '.join(PRUNERS)}")
     kinds = {field.name: get_type_hints(PRUNERS[name])[field.name] for field in fields(PRUNERS[name])}
@@ -386,7 +396,7 @@ def make_pruner(name: str, settings: Mapping[str, str], n_layers: int) -> Pruner
             takes = f"its fields are {', '.join(kinds)}" if kinds else "it has no fields"
             raise ValueError(f"pruner {name} has no field {field!r}; {takes}")
         values[field] = _parse(name, field, kinds[field], text)
-    return replace(PRUNERS[name].scaled(n_layers), **values)
+    return values
 
 
 def _parse(name: str, field: str, kind: Any, text: str) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,12 +50,6 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     if broken is not None:
         raise ValueError(f"--set wants field=value, such as k1=2, got {broken!r}")
     return {name.strip(): value.strip() for name, _, value in (pair.partition("=") for pair in pairs)}
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on."""
-    packages = {name: metadata.version(name) for name in ("vlmflow", "torch", "transformers")}
-    return packages | {"python": platform.python_version()}
 
 
 def plain_table(*columns: str) -> Table:

@@ -21,9 +21,9 @@ from vlmflow.cli.common import (
     parse_settings,
     plain_table,
     refusals,
-    versions,
 )
-from vlmflow.pruners import PRUNERS, make_pruner
+from vlmflow.evaluate.folder import versions
+from vlmflow.pruners import PRUNERS, make_pruner, parse_fields
 
 if TYPE_CHECKING:
     from vlmflow.ask import Run
@@ -54,7 +54,7 @@ def run(
     """Ask a model about images, with its image tokens pruned."""
     with refusals():
         settings = parse_settings(set_)
-        make_pruner(pruner, settings, n_layers=32)  # wrong names and values, before a model is loaded
+        parse_fields(pruner, settings)  # wrong names, before a model is loaded
         if not prompt.strip():
             raise ValueError("the prompt is empty; ask something with --prompt")
         if save is not None and save.is_file():
