@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -299,6 +301,30 @@ class TestRefuses:
     def test_no_transformers_model(self):
         with pytest.raises(TypeError, match="Linear"):
             attach(nn.Linear(2, 2), HIMAP)
+
+    @pytest.mark.parametrize(
+        ("family", "reason"),
+        [("Mllama", "no self-attention"), ("Qwen3_5", "no self-attention"), ("Gemma4", "full-length input")],
+    )
+    def test_architectures_that_would_go_wrong(self, family, reason):
+        if not hasattr(transformers, f"{family}Config"):
+            pytest.skip(f"this transformers has no {family}")
+        with torch.device("meta"):
+            config = getattr(transformers, f"{family}Config")()
+            model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+        with pytest.raises(TypeError, match=reason):
+            attach(model, HIMAP)
+
+    def test_gemma3n_layers_are_those_refused(self):
+        """The model itself needs a package for its tower; what its refusal looks at is there without it."""
+        from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextDecoderLayer
+
+        assert "per_layer_input" in inspect.signature(Gemma3nTextDecoderLayer.forward).parameters
+
+    def test_tensor_parallel_models(self, own, monkeypatch):
+        monkeypatch.setattr(type(own), "tp_size", 2)
+        with pytest.raises(ValueError, match="split over 2 devices"):
+            attach(own, HIMAP)
 
     def test_a_pruner_too_deep(self, llava):
         with pytest.raises(ValueError, match="layers 1 to 5"):
