@@ -89,6 +89,48 @@ def test_lists():
     assert "qwen2_5_vl" in vlmflow("models").stdout
 
 
+def test_cost_of_the_papers_setting():
+    """HiMAP on LLaVA-1.5-7B: Table 1's 2.98 and 0.73 TFLOPs, and what they are when all is counted."""
+    run = vlmflow("cost", "--model", "llava-1.5-7b", "--set", "k2=8", "--json")
+    record = json.loads(run.stdout.strip().split("\n")[-1])
+    assert record["schedule"] == [576] * 2 + [288] * 6 + [72] * 24
+    assert record["cost"]["unpruned"]["paper_flops"] == 32 * (
+        4 * 576 * 4096**2 + 2 * 576**2 * 4096 + 2 * 576 * 4096 * 11008
+    )
+    assert record["cost"]["pruned"]["paper_flops"] // 10**10 == 73
+    assert 8 * 10**12 < record["cost"]["unpruned"]["exact_flops"] < 9 * 10**12
+    assert "0-1: 576, 2-7: 288, 8-31: 72" in " ".join(run.stdout.split())
+
+
+def test_cost_reads_the_embedded_models_config():
+    record = json.loads(vlmflow("cost", "--model", "pico", "--pruner", "vtw", "--json").stdout.strip().split("\n")[-1])
+    assert record["schedule"] == [576] * 5 + [0] * 5
+    assert record["vision_flops"] > record["projector_flops"] > 0
+
+
+def test_cost_of_the_papers_tables():
+    run = vlmflow("cost", "--paper", "--json")
+    rows = json.loads(run.stdout.strip().split("\n")[-1])
+    assert len(rows) == 15
+    assert {row["note"] for row in rows if row["printed_tflops"] == "3.06"} == {
+        "TFLOPs 3.06: fits no K; ratio 53: K = 3"
+    }
+    assert "(6) TFLOPs 1.93: fits no K1, fits no K2" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", "some/where"], "built in are llava-1.5-7b"),
+        (["--model", "qwen2.5-vl-7b"], "--image-tokens"),
+        (["--pruner", "himapp"], "unknown pruner"),
+        (["--set", "k2=99"], "prunes before layer 99"),
+    ],
+)
+def test_cost_refuses_in_one_line(args, says):
+    assert says in refused(vlmflow("cost", *args))
+
+
 @pytest.mark.parametrize(("args", "code"), [(["--version"], 0), (["run", "--image", "gone.png", "--prompt", "?"], 2)])
 def test_as_a_process(args, code):
     run = subprocess.run([sys.executable, "-m", "vlmflow", *args], capture_output=True, text=True, check=False)
@@ -96,7 +138,7 @@ def test_as_a_process(args, code):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["pruners"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["cost"], ["pruners"], ["models"]])
 def test_help(command):
     run = vlmflow(*command, "--help")
     assert run.returncode == 0

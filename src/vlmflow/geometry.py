@@ -41,6 +41,11 @@ class Tower:
     window: int | None = None
     full_layers: tuple[int, ...] = ()
 
+    @property
+    def image_tokens(self) -> int | None:
+        """Image tokens of one tile, None where the image's size decides."""
+        return None if self.grid is None else self.grid[0] * self.grid[1] // self.merge
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
 
+from vlmflow.geometry import GEOMETRIES, Geometry
 from vlmflow.pico import MODEL_DIR
 
 FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it by; each is tested from its config
@@ -137,6 +138,23 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     except RuntimeError as error:
         raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
     return VLM(name, model, processor)
+
+
+def load_geometry(name: str) -> Geometry:
+    """What decides a model's cost: built in, or read from the config of a hub id, a local folder or ``pico``.
+
+    Raises:
+        ModelError: the config cannot be read.
+        ValueError: a family that is not known.
+    """
+    if name in GEOMETRIES:
+        return GEOMETRIES[name]
+    try:
+        config = AutoConfig.from_pretrained(MODEL_DIR if name == "pico" else name)
+    except (OSError, ValueError, KeyError) as error:
+        known = f"; built in are {', '.join(GEOMETRIES)}"
+        raise ModelError(f"cannot read the config of {name!r}: {_reason(name, error)}{known}") from error
+    return Geometry.from_config(config)
 
 
 def _reason(name: str, error: Exception) -> str:

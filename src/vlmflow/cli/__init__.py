@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmflow import __version__
+from vlmflow.cli.cost import cost
 from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.lists import models, pruners
 from vlmflow.cli.run import demo, run
@@ -20,7 +21,7 @@ app = typer.Typer(
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
 app.command("eval")(evaluate)
-for command in (demo, run, sweep, report, pruners, models):
+for command in (demo, run, cost, sweep, report, pruners, models):
     app.command()(command)
 
 
@@ -34,5 +35,6 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """The entry point: quiet libraries, then the command."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     app()

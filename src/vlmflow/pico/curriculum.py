@@ -30,9 +30,9 @@ STAGES = (
     Stage("align", 96, (3, 5), 1200, 48, 12, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
     Stage("detect", 56, (1, 2), 300, 16, 4, questions=(16, 0)),
     Stage("choose", 96, (1, 4), 200, 16, 4, questions=(12, 4), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("bind", 96, (1, 5), 1000, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW),
-    Stage(
-        "wide", 192, (1, 6), 800, 8, 2, questions=(14, 8), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW, easy_vqa=8
-    ),
-    Stage("full", 192, (2, 12), 3000, 8, 2, questions=(16, 6), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
+    Stage("bind", 96, (1, 5), 262, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW),
+    Stage("absent", 56, (1, 3), 300, 16, 4, questions=(16, 0)),
+    Stage("mix", 96, (1, 5), 700, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
+    Stage("wide", 192, (1, 6), 700, 8, 2, questions=(14, 8), muon_rate=0.015, adam_rate=1.5e-3, easy_vqa=8),
+    Stage("full", 192, (2, 12), 2500, 8, 2, questions=(16, 6), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
 )
