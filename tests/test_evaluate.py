@@ -18,7 +18,7 @@ from vlmflow.cli import app
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, mean_share, with_budget
 from vlmflow.evaluate.folder import EvaluationError, Folder, claim
-from vlmflow.evaluate.runner import Evaluation, mark, run
+from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
 from vlmflow.evaluate.tables import find_results, report
 from vlmflow.models import VLM, load
 from vlmflow.pico import samples as pico_samples
@@ -210,9 +210,9 @@ def test_another_run_in_the_same_folder_is_refused(vlm, questions, finished, cha
 
 def test_changed_data_and_weights_are_other_settings(vlm, questions):
     asked = evaluation(questions)
-    before = asked.settings(vlm, asked.samples())
+    before = asked.settings(Subject.of(vlm), asked.samples())
     questions.write_text(questions.read_text().replace(SCENES[0].questions[0].text, "What is this?"))
-    assert asked.settings(vlm, asked.samples())["samples"] != before["samples"]
+    assert asked.settings(Subject.of(vlm), asked.samples())["samples"] != before["samples"]
     other = load("pico", device="cpu")
     other.model.lm_head.weight.data[0, 0] += 1e-3
     assert runner.fingerprint(other.model) != before["weights"]

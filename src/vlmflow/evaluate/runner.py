@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,14 @@ class Evaluation:
         """
         return self.task.samples(self.source, self.limit)
 
-    def settings(self, vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
+    def settings(self, subject: Subject, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that an answer depends on; two runs with the same settings give the same summary.
 
-        Batch size and device are not among them, as they change no more than the last bits of a logit.
+        Batch size, device and who answers are not among them, as they change no more than the last bits of a logit.
 
         Raises:
             TaskError: unknown prompt style or answer rule.
         """
-        model = vlm.model
         self.task.parse("", samples[0], self.rule)
         content = hashlib.sha256()
         for sample in samples:
@@ -79,11 +79,11 @@ class Evaluation:
             right = [sample.choices, sample.answer, sample.references, sample.group]
             content.update(json.dumps([*asked, *right]).encode())
         return {
-            "model": vlm.name,
-            "weights": fingerprint(model),
-            "layers": vlm.n_layers,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attention": model.config.get_text_config(decoder=True)._attn_implementation,
+            "model": subject.name,
+            "weights": subject.weights,
+            "layers": subject.layers,
+            "dtype": subject.dtype,
+            "attention": subject.attention,
             "task": self.task.name,
             "source": self.task.describe(self.source),
             "samples": {"count": len(samples), "sha256": content.hexdigest()},
@@ -97,6 +97,60 @@ class Evaluation:
             "seed": self.seed,
             "versions": versions(),
         }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What records and prices need to know of a model, so that whoever keeps the rows need not hold it.
+
+    ``weights`` is their fingerprint; ``geometry`` is None where the model's widths are not known.
+    """
+
+    name: str
+    weights: str
+    layers: int
+    dtype: str
+    attention: str
+    geometry: Geometry | None
+
+    @classmethod
+    def of(cls, vlm: VLM) -> Subject:
+        """Read it off a model."""
+        model = vlm.model
+        return cls(
+            name=vlm.name,
+            weights=fingerprint(model),
+            layers=vlm.n_layers,
+            dtype=str(model.dtype).removeprefix("torch."),
+            attention=model.config.get_text_config(decoder=True)._attn_implementation,
+            geometry=_geometry(vlm),
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive samples that are answered in one padded batch, whoever answers it.
+
+    They are the ``first`` to the one before ``end``; of those in ``missing``, by id, rows are wanted.
+    """
+
+    first: int
+    end: int
+    missing: tuple[str, ...]
+
+
+Answers = Callable[[Sequence[Shard]], Iterator[list[Row]]]  # the rows of each shard, in whichever order they come
+
+
+def missing_shards(samples: Sequence[Sample], answered: Collection[str], batch_size: int) -> list[Shard]:
+    """The shards of which rows are missing; a batch is the same one in every run, so that its answers are too."""
+    shards = []
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        missing = tuple(sample.id for sample in batch if sample.id not in answered)
+        if missing:
+            shards.append(Shard(first, first + len(batch), missing))
+    return shards
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -121,9 +175,30 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate into a folder, or go on where a run with the same settings stopped; the summary.
 
-    Batches are ``batch_size`` consecutive samples, left-padded. A batch that was cut short is answered whole again, so
-    that a run that was killed ends as one that was not. Samples that failed are asked again when the run is started
-    again. ``samples`` saves loading them once more where many pruners are run.
+    ``samples`` saves loading them once more where many pruners are run. The rest is as in ``collect``.
+    """
+    samples = evaluation.samples() if samples is None else samples
+    evaluation.pruner.checked_stages(vlm.n_layers, 0)
+    answering = partial(answers, vlm, evaluation, samples)
+    where = machine(vlm)
+    return collect(Subject.of(vlm), answering, evaluation, samples, out, batch_size, where, progress)
+
+
+def collect(
+    subject: Subject,
+    answering: Answers,
+    evaluation: Evaluation,
+    samples: Sequence[Sample],
+    out: Path,
+    batch_size: int,
+    where: Mapping[str, Any],
+    progress: Progress = lambda done, total, row: None,
+) -> dict[str, Any]:
+    """Keep the rows as they come from wherever they are answered, and sum them up; the summary.
+
+    Shards are ``batch_size`` consecutive samples, left-padded. One that was cut short is answered whole again, so that
+    a run that was killed ends as one that was not. Samples that failed are asked again when the run is started again.
+    ``where`` is for the log.
 
     Raises:
         TaskError: what is wrong with the source, the prompt style or the answer rule.
@@ -132,29 +207,29 @@ def run(
     """
     if batch_size < 1:
         raise EvaluationError(f"batch_size must be at least 1, got {batch_size}")
-    samples = evaluation.samples() if samples is None else samples
-    evaluation.pruner.checked_stages(vlm.n_layers, 0)
-    settings = evaluation.settings(vlm, samples)
+    settings = evaluation.settings(subject, samples)
     with claim(out, settings) as folder:
         answered = {key for key, row in folder.rows().items() if row.failure is None}
+        shards = missing_shards(samples, answered, batch_size)
         done, start = len(answered), time.time()
         progress(done, len(samples), None)
-        if done < len(samples):
+        if shards:
             (out / SUMMARY).unlink(missing_ok=True)  # it would not be that of the rows to come
-            folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **_machine(vlm)})
-            bad = 0
-            for rows in _answers(vlm, evaluation, samples, answered, batch_size):
-                folder.append(rows)
-                for row in rows:
-                    done += 1
-                    bad = 0 if row.failure is None else bad + 1
-                    progress(done, len(samples), row)
-                if bad >= FAILURES_IN_A_ROW:
-                    reason = rows[-1].failure
-                    raise EvaluationError(f"{bad} samples in a row failed ({reason}); the rows so far are in {out}")
+            folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **where})
+        bad = 0
+        for rows in answering(shards):
+            folder.append(rows)
+            for row in rows:
+                done += 1
+                bad = 0 if row.failure is None else bad + 1
+                progress(done, len(samples), row)
+            if bad >= FAILURES_IN_A_ROW:
+                reason = rows[-1].failure
+                raise EvaluationError(f"{bad} samples in a row failed ({reason}); the rows so far are in {out}")
+        if shards:
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
         folder.put_in_order([sample.id for sample in samples])
-        return _sum_up(folder, evaluation, settings, vlm)
+        return _sum_up(folder, evaluation, settings, subject)
 
 
 def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -191,23 +266,23 @@ def _to_mark(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, st
     return [(sample, rows[sample.id].answer) for sample in samples if rows[sample.id].failure is None]
 
 
-def _answers(
-    vlm: VLM, evaluation: Evaluation, samples: Sequence[Sample], answered: set[str], batch_size: int
+def answers(
+    vlm: VLM, evaluation: Evaluation, samples: Sequence[Sample], shards: Sequence[Shard]
 ) -> Iterator[list[Row]]:
-    """The rows that are missing, batch by batch; the next batch's images are opened while the model answers."""
-    pricing = Pricing.of(vlm, evaluation.pruner)
-    batches = [samples[first : first + batch_size] for first in range(0, len(samples), batch_size)]
-    missing = [batch for batch in batches if any(sample.id not in answered for sample in batch)]
+    """The rows of shards, answered here one after the other; the next one's images are opened meanwhile."""
+    if not shards:
+        return
+    pricing = Pricing(evaluation.pruner, _geometry(vlm))
     with attach(vlm.model, evaluation.pruner) as trace, ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(Opened.open, evaluation, missing[0])
-        for following in (*missing[1:], None):
+        opening = pool.submit(Opened.open, evaluation, samples, shards[0])
+        for shard, following in zip(shards, (*shards[1:], None), strict=True):
             opened = opening.result()
             if following is not None:
-                opening = pool.submit(Opened.open, evaluation, following)
+                opening = pool.submit(Opened.open, evaluation, samples, following)
             rows = dict(opened.failed)
-            if not opened.questions.keys() <= answered:  # else only what failed is missing, and has failed again
+            if not opened.questions.keys().isdisjoint(shard.missing):  # else what failed has failed again
                 rows |= answer(vlm, evaluation, opened, trace, pricing)
-            yield [rows[sample.id] for sample in opened.batch if sample.id in rows and sample.id not in answered]
+            yield [rows[key] for key in shard.missing]
 
 
 @dataclass(frozen=True)
@@ -219,8 +294,9 @@ class Opened:
     failed: dict[str, Row]
 
     @classmethod
-    def open(cls, evaluation: Evaluation, batch: Sequence[Sample]) -> Opened:
-        """Read the images of a batch."""
+    def open(cls, evaluation: Evaluation, samples: Sequence[Sample], shard: Shard) -> Opened:
+        """Read the images of a shard."""
+        batch = samples[shard.first : shard.end]
         opened = cls(batch, {}, {})
         for sample in batch:
             prompt = evaluation.task.prompt(sample, evaluation.prompt)
@@ -287,14 +363,6 @@ class Pricing:
         self._pruner, self._geometry = pruner, geometry
         self._known: dict[tuple[int, int, int], Cost] = {}
 
-    @classmethod
-    def of(cls, vlm: VLM, pruner: Pruner) -> Pricing:
-        """For a model; one whose widths are not known has no prices."""
-        try:
-            return cls(pruner, Geometry.from_config(vlm.model.config))
-        except ValueError:
-            return cls(pruner, None)
-
     def cost(self, row: Row) -> Cost | None:
         """One prefill's cost, pruned and not."""
         if self._geometry is None or row.image_tokens is None:
@@ -325,12 +393,14 @@ class Pricing:
         return total
 
 
-def _sum_up(folder: OpenFolder, evaluation: Evaluation, settings: Mapping[str, Any], vlm: VLM) -> dict[str, Any]:
+def _sum_up(
+    folder: OpenFolder, evaluation: Evaluation, settings: Mapping[str, Any], subject: Subject
+) -> dict[str, Any]:
     rows = folder.rows().values()
     good = [row for row in rows if row.failure is None]
     failed = {row.sample.id: row.failure for row in rows if row.failure is not None}
-    counts = [_by_layer(row, vlm.n_layers) for row in good]
-    cost = Pricing.of(vlm, evaluation.pruner).total(good)
+    counts = [_by_layer(row, subject.layers) for row in good]
+    cost = Pricing(evaluation.pruner, subject.geometry).total(good)
     summary = {
         "settings": settings,
         **_figures(folder, evaluation),
@@ -363,7 +433,15 @@ def _mean(values: Iterable[int]) -> float | None:
     return sum(held) / len(held) if held else None
 
 
-def _machine(vlm: VLM) -> dict[str, str]:
+def _geometry(vlm: VLM) -> Geometry | None:
+    try:
+        return Geometry.from_config(vlm.model.config)
+    except ValueError:
+        return None
+
+
+def machine(vlm: VLM) -> dict[str, Any]:
+    """Where a model runs."""
     device = vlm.model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": str(device), "machine": name}
