@@ -32,7 +32,10 @@ STAGES = (
     Stage("choose", 96, (1, 4), 200, 16, 4, questions=(12, 4), muon_rate=0.015, adam_rate=1.5e-3),
     Stage("bind", 96, (1, 5), 262, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW),
     Stage("absent", 56, (1, 3), 300, 16, 4, questions=(16, 0)),
-    Stage("mix", 96, (1, 5), 700, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("wide", 192, (1, 6), 700, 8, 2, questions=(14, 8), muon_rate=0.015, adam_rate=1.5e-3, easy_vqa=8),
-    Stage("full", 192, (2, 12), 2500, 8, 2, questions=(16, 6), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
+    Stage("mix", 96, (1, 5), 384, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
+    Stage("all", 56, (1, 3), 700, 32, 8, questions=(8, 4), decay=0.2),
+    Stage("more", 96, (1, 5), 274, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
+    Stage("letters", 56, (1, 3), 500, 16, 4, questions=(3, 13), decay=0.2),
+    Stage("wide", 192, (1, 6), 300, 8, 2, questions=(12, 10), muon_rate=0.015, adam_rate=1.5e-3, easy_vqa=8),
+    Stage("full", 192, (2, 12), 1500, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
 )

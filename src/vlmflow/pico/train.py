@@ -36,7 +36,6 @@ from vlmflow.pico.text import build_tokenizer
 
 SEED = 0
 THREADS = 2
-BFLOAT16 = torch.cpu.get_capabilities()["avx512_bf16"]  # elsewhere its products are emulated, many times slower
 NAMING_WEIGHT = 0.3
 WARMUP = 50  # steps
 LOG_EVERY = 20  # steps
@@ -75,11 +74,7 @@ class Lesson:
         return cls(model, tokenizer, PatchWords.of(tokenizer), opening_ids(tokenizer))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Report]:
-        """The loss of a batch, and what to report of it; matrix products in bfloat16 where the processor has it."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            return self._loss(batch)
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Report]:
+        """The loss of a batch, and what to report of it."""
         features = see(self.model, batch.pixels)
         report: Report = {}
         loss = features.new_zeros(())
