@@ -131,6 +131,36 @@ def test_cost_refuses_in_one_line(args, says):
     assert says in refused(vlmflow("cost", *args))
 
 
+def test_bench_of_a_model_and_of_a_geometry(tmp_path):
+    sizes = ["--batch-size", "1,2", "--new-tokens", "2", "--repeats", "1", "--pruners", "himap"]
+    run = vlmflow("bench", *sizes, "--save", tmp_path / "bench.json")
+    assert run.returncode == 0, run.stderr
+    record = json.loads(run.stdout.strip().split("\n")[-1])
+    assert json.loads((tmp_path / "bench.json").read_text()) == record
+    assert [point["batch"] for point in record["points"]] == [1, 2]
+    assert record["points"][1]["image_tokens"] == [576, 576]
+    assert record["points"][0]["methods"].keys() == {"none", "himap"}
+    narrow = ["--geometry", "llava-1.5-7b", "--layers", "3", "--image-tokens", "4", "--text-tokens", "3"]
+    run = vlmflow("bench", *narrow, "--new-tokens", "1", "--repeats", "1", "--pruners", "fastv", "--dtype", "float32")
+    assert run.returncode == 0, run.stderr
+    assert "share one set" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--protocol", "fast"], "unknown protocol 'fast'; choose from deployed, paper"),
+        (["--batch-size", "0"], "--batch-size wants whole numbers above 0"),
+        (["--pruners", "himapp"], "unknown pruner 'himapp'"),
+        (["--geometry", "gpt-9"], "wanted one of llava-1.5-7b"),
+        (["--task", "nope"], "unknown task 'nope'"),
+        (["--geometry", "llava-1.5-7b", "--dtype", "float99"], "dtype must be"),
+    ],
+)
+def test_bench_refuses_in_one_line(args, says):
+    assert says in refused(vlmflow("bench", *args))
+
+
 @pytest.mark.parametrize(("args", "code"), [(["--version"], 0), (["run", "--image", "gone.png", "--prompt", "?"], 2)])
 def test_as_a_process(args, code):
     run = subprocess.run([sys.executable, "-m", "vlmflow", *args], capture_output=True, text=True, check=False)
@@ -138,7 +168,7 @@ def test_as_a_process(args, code):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["cost"], ["pruners"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["cost"], ["bench"], ["pruners"], ["models"]])
 def test_help(command):
     run = vlmflow(*command, "--help")
     assert run.returncode == 0

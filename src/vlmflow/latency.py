@@ -1,34 +1,263 @@
-"""Time measured side by side: what pruning saves on this machine."""
+"""Time and memory measured side by side: what pruning saves on this machine, in two protocols.
+
+``deployed`` is how models are run: KV cache, fused attention. ``paper`` is how the HiMAP authors' script runs: no
+cache, eager attention, every attention matrix returned. Runs are interleaved (A B A B ...), so that drifts hit all
+methods alike.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmflow.engine import attach
-from vlmflow.pruners import Pruner
+from vlmflow.engine import Trace, attach
+from vlmflow.engine.target import Target
+from vlmflow.pruners import Pruner, Unpruned
+
+Protocol = Literal["deployed", "paper"]
+RESAMPLES = 2000
 
 
-def prefill_seconds(
-    model: nn.Module, inputs: dict[str, Tensor], pruners: Sequence[Pruner], repeats: int
-) -> list[float]:
-    """Median time of a prefill under each pruner, in seconds, the runs interleaved so that drifts hit all alike."""
-    times: list[list[float]] = [[] for _ in pruners]
-    for round_ in range(repeats + 1):
-        for pruner, taken in zip(pruners, times, strict=True):
-            with attach(model, pruner), torch.inference_mode():
-                start = time.perf_counter()
-                model(**inputs, use_cache=True, logits_to_keep=1)
-                _synchronize(inputs)
-            if round_:  # the first round warms up
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+@dataclass(frozen=True)
+class Request:
+    """A batch of prompts and how many tokens to answer it with, end-of-sequence ignored."""
+
+    inputs: Mapping[str, Tensor]
+    new_tokens: int = 1
+    protocol: Protocol = "deployed"
 
 
-def _synchronize(inputs: dict[str, Tensor]) -> None:
-    if inputs["input_ids"].is_cuda:
-        torch.cuda.synchronize()
+@dataclass(frozen=True)
+class Timing:
+    """One run, in seconds: until the decoder starts, from there to the first token, then each further token.
+
+    ``peak_bytes`` is the most memory held above what was held before, None where the platform does not tell;
+    ``kv_bytes`` what the KV cache holds at the end.
+    """
+
+    vision: float
+    prefill: float
+    decode: tuple[float, ...]
+    peak_bytes: int | None
+    kv_bytes: int
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What is compared: ``ttft`` is the time to first token, ``tpot`` the median per output token after it."""
+        first = self.vision + self.prefill
+        parts = {"vision": self.vision, "prefill": self.prefill, "ttft": first}
+        if self.decode:
+            parts["tpot"] = statistics.median(self.decode)
+        return parts | {"total": first + sum(self.decode)}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as unpruned: ratio of medians with its 95 % bootstrap interval over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, unpruned: Sequence[float], pruned: Sequence[float]) -> Ratio:
+        """Compare runs that were interleaved."""
+        above, below = np.array(unpruned), np.array(pruned)
+        draws = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
+        low, high = np.percentile(np.median(above[draws], 1) / np.median(below[draws], 1), [2.5, 97.5])
+        return cls(float(np.median(above) / np.median(below)), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One method on one request, by part of a run (``Timing.parts``): median seconds, times as fast as unpruned.
+
+    ``promised`` is the prefill's speed-up if time were exact FLOPs, None for a model whose widths are not known.
+    """
+
+    pruner: dict[str, Any]
+    seconds: dict[str, float]
+    speedup: dict[str, Ratio]
+    promised: float | None
+    peak_bytes: int | None
+    kv_bytes: int
+
+    @classmethod
+    def of(cls, pruner: Pruner, promised: float | None, unpruned: Sequence[Timing], runs: Sequence[Timing]) -> Latency:
+        """Sum up a method's runs beside the unpruned runs of the same rounds."""
+        seconds = {part: [timing.parts[part] for timing in runs] for part in runs[0].parts}
+        peaks = [timing.peak_bytes for timing in runs if timing.peak_bytes is not None]
+        return cls(
+            pruner=pruner.to_dict(),
+            seconds={part: statistics.median(taken) for part, taken in seconds.items()},
+            speedup={part: Ratio.of([one.parts[part] for one in unpruned], taken) for part, taken in seconds.items()},
+            promised=promised,
+            peak_bytes=max(peaks, default=None),
+            kv_bytes=runs[0].kv_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on one request, the unpruned run first; image and text tokens are each sample's."""
+
+    image_tokens: tuple[int, ...]
+    text_tokens: tuple[int, ...]
+    methods: dict[str, Latency]
+
+    @property
+    def not_paying(self) -> dict[str, Ratio]:
+        """The methods that no run shows to be faster end to end, with the speed-up that was seen."""
+        totals = {name: latency.speedup["total"] for name, latency in self.methods.items() if name != "none"}
+        return {name: ratio for name, ratio in totals.items() if ratio.low <= 1}
+
+
+def compare(
+    model: nn.Module,
+    request: Request,
+    pruners: Mapping[str, Pruner],
+    repeats: int,
+    each: Callable[[], object] = lambda: None,
+) -> Comparison:
+    """Measure methods on a request, beside the bare model; ``each`` is called after every run.
+
+    The first round warms up and is not counted. ``none`` runs with nothing attached.
+    """
+    pruners = {"none": Unpruned()} | dict(pruners)
+    runs: dict[str, list[Timing]] = {name: [] for name in pruners}
+    for number in range(repeats + 1):
+        for name, pruner in pruners.items():
+            timing = run(model, request, pruner)
+            if number:
+                runs[name].append(timing)
+            each()
+    traces = {name: read(model, request, pruner) for name, pruner in pruners.items()}
+    methods = {
+        name: Latency.of(pruner, promised_speedup(traces[name]), runs["none"], runs[name])
+        for name, pruner in pruners.items()
+    }
+    images, tokens = traces["none"].image_tokens[0], traces["none"].tokens[0]
+    return Comparison(images, tuple(all_ - image for all_, image in zip(tokens, images, strict=True)), methods)
+
+
+def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
+    """Answer a request once, timed."""
+    device = request.inputs["input_ids"].device
+    stamps: list[float] = []
+
+    def stamp(*_: object) -> None:
+        _synchronize(device)
+        stamps.append(time.perf_counter())
+
+    decoder = Target.find(model).text
+    entry = decoder.register_forward_pre_hook(lambda *_: stamp() if len(stamps) == 1 else None)
+    answer = _generate if request.protocol == "deployed" else _reread
+    try:
+        with _attached(model, pruner), torch.inference_mode(), peak_memory(device) as peak:
+            stamp()
+            kv_bytes = answer(model, request, stamp)
+    finally:
+        entry.remove()
+    start, entered, *tokens = stamps
+    decode = tuple(after - before for before, after in pairwise(tokens))
+    return Timing(entered - start, tokens[0] - entered, decode, peak(), kv_bytes)
+
+
+def read(model: nn.Module, request: Request, pruner: Pruner) -> Trace:
+    """Read the prompts once, untimed: what the pruner did to them."""
+    with attach(model, pruner) as trace, torch.inference_mode():
+        model(**request.inputs, use_cache=False, logits_to_keep=1)
+    return trace
+
+
+def promised_speedup(trace: Trace) -> float | None:
+    """The prefill's speed-up if time were exact FLOPs; None for a model whose widths are not known."""
+    try:
+        return 1 / trace.cost().share("exact_flops")
+    except ValueError:
+        return None
+
+
+def _attached(model: nn.Module, pruner: Pruner) -> AbstractContextManager[object]:
+    return nullcontext() if isinstance(pruner, Unpruned) else attach(model, pruner)
+
+
+def _generate(model: Any, request: Request, stamp: Callable[[], None]) -> int:
+    """Greedy generation as users run it; returns the bytes that its cache holds at the end."""
+
+    def stamped(ids: Tensor, _scores: object, **_: object) -> Tensor:
+        stamp()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    out = model.generate(
+        **request.inputs,
+        do_sample=False,
+        min_new_tokens=request.new_tokens,
+        max_new_tokens=request.new_tokens,
+        stopping_criteria=[stamped],
+        return_dict_in_generate=True,
+    )
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+
+
+def _reread(model: Any, request: Request, stamp: Callable[[], None]) -> int:
+    """The authors' way: the whole text again for every token, all attention matrices returned, no cache."""
+    inputs = dict(request.inputs)
+    for _ in range(request.new_tokens):
+        out = model(**inputs, use_cache=False, output_attentions=True)
+        token = out.logits[:, -1:].argmax(-1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
+        stamp()
+    return 0
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """The most memory held inside the block above what was held at its start: CUDA's allocator, or Linux's RSS."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    elif Path("/proc/self/clear_refs").exists():
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        yield lambda: _resident("VmHWM") - before
+    else:
+        yield lambda: None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where a figure was measured."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"device": f"{_processor()} ({capability})", "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -74,6 +74,12 @@ class VLM:
         """Decoder layers."""
         return self.model.config.get_text_config(decoder=True).num_hidden_layers
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: to the first weight that is not offloaded, or to the CPU, from where hooks fetch them."""
+        weights = (weight.device for weight in self.model.parameters() if not weight.is_meta)
+        return next(weights, torch.device("cpu"))
+
     def encode(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         """A left-padded batch of prompts, images before text, on the model's device."""
         processor = self.processor
@@ -84,7 +90,7 @@ class VLM:
             padding_side="left",
             return_tensors="pt",
         )
-        return dict(batch.to(self.model.device, self.model.dtype))
+        return dict(batch.to(self.device, self.model.dtype))
 
     def _prompt(self, question: Question) -> str:
         processor = self.processor
@@ -114,7 +120,8 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     """Load a model by hub id, local folder, or ``pico``, the model inside the package.
 
     ``dtype`` is a torch dtype's name, or ``auto`` for the checkpoint's own (float32 for pico). ``device`` is where it
-    goes, by default the first accelerator, else the CPU.
+    goes, by default the first accelerator, else the CPU; ``auto`` spreads its layers over all accelerators and, what
+    they cannot hold, over the CPU's memory, as accelerate sees fit.
 
     Raises:
         ModelError: it cannot be found, has no weights, or is no image-text-to-text model.
@@ -122,22 +129,43 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     path = str(MODEL_DIR) if name == "pico" else name
     if name == "pico" and dtype == "auto":
         dtype = "float32"  # half precision on disk only
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {dtype!r}")
+    if dtype != "auto":
+        dtype_named(dtype)
+    spread = "auto" if device == "auto" else None
     logging.disable_progress_bar()
     try:
         processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn, device_map=spread
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
-    where = device or (accelerator.type if (accelerator := torch.accelerator.current_accelerator()) else "cpu")
+    where = device or default_device()
     try:
         nn.Module.to(model, where).eval()
     except RuntimeError as error:
         raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
     return VLM(name, model, processor)
+
+
+def default_device() -> str:
+    """The first accelerator, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A torch dtype.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {name!r}")
+    return dtype
 
 
 def load_geometry(name: str) -> Geometry:

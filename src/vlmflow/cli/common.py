@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 out, notes = Console(), Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Where the model runs; default: the first accelerator, or cpu.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where the model runs, auto to spread it; default: the first accelerator, or cpu.")
+]
 DtypeOption = Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="A field of the pruner, as k1=2; may be repeated.")]
 
@@ -32,12 +34,12 @@ def refusals() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def load_model(name: str, device: str | None, dtype: str) -> VLM:
+def load_model(name: str, device: str | None, dtype: str, attn: str = "sdpa") -> VLM:
     """Load a model, or leave with one line."""
     from vlmflow.models import load  # torch and transformers take seconds that --help does not need
 
     with refusals():
-        return load(name, device, dtype)
+        return load(name, device, dtype, attn)
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:

@@ -139,7 +139,7 @@ def demo(
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
     from vlmflow.ask import ask
-    from vlmflow.latency import prefill_seconds
+    from vlmflow.latency import Request, compare
     from vlmflow.models import Question, open_image
     from vlmflow.pico import samples
 
@@ -160,12 +160,12 @@ def demo(
     sample, questions = pictures[0]
     question, asked = questions[0], sum(len(questions) for _, questions in pictures)
     first = Question(question.text, (open_image(sample.image),))
-    seconds = prefill_seconds(vlm.model, vlm.encode([first]), list(methods.values()), repeats=5)
+    measured = compare(vlm.model, Request(vlm.encode([first])), methods, repeats=5).methods
     table = cost_table("answer", "right")
     table.add_column("time")
-    for (name, one), taken in zip(shown.items(), seconds, strict=True):
+    for name, one in shown.items():
         mark = "✓" if one.answer.text in question.answers else "✗"
-        ratio = f"{taken / seconds[0]:.0%}"
+        ratio = f"{measured[name].seconds['prefill'] / measured['none'].seconds['prefill']:.0%}"
         table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
     out.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
     out.print(table)

@@ -1,0 +1,200 @@
+"""``vlmflow bench``: time and memory of methods, measured side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+from rich.progress import Progress
+
+from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, load_model, notes, out, plain_table, refusals
+from vlmflow.evaluate.folder import versions, write_json
+from vlmflow.geometry import GEOMETRIES, geometry_named
+from vlmflow.pruners import make_pruner
+from vlmflow.tasks import TASKS, Source
+
+if TYPE_CHECKING:
+    from vlmflow.latency import Comparison, Protocol, Ratio, Request
+
+PROTOCOLS: dict[Protocol, str] = {
+    "deployed": "KV cache, fused attention",
+    "paper": "no cache, eager attention, all attention matrices returned",
+}
+
+LEGEND = (
+    "Times as fast as none, to the first token (vision included) and end to end, with 95 % intervals over the rounds; "
+    "FLOPs: what the decoder's prefill would gain if time were FLOPs; memory: the peak above what was held before."
+)
+SHARED = " (random weights at true widths; all layers share one set: same arithmetic, a fraction of the memory)"
+
+
+def bench(
+    model: ModelOption = "pico",
+    geometry: Annotated[
+        str | None,
+        typer.Option(help=f"Instead of a model: random weights at the widths of one of {', '.join(GEOMETRIES)}."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=3, help="Of the geometry, another number of layers.")] = None,
+    pruners: Annotated[str, typer.Option(help="Names with commas between.")] = "himap,fastv,vtw,pyramiddrop",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help=f"A model's questions: one of {', '.join(TASKS)}.")
+    ] = "pico",
+    source: Annotated[Path | None, typer.Option(help="A local copy of the task's data in an official format.")] = None,
+    batch_size: Annotated[str, typer.Option(help="One or more, with commas between.")] = "1",
+    new_tokens: Annotated[str, typer.Option(help="Length of the answer; one or more, with commas between.")] = "16",
+    image_tokens: Annotated[str, typer.Option(help="Of a geometry's prompt; one or more, with commas.")] = "576",
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of a geometry's prompt, all after the images.")] = 60,
+    protocol: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()) + ".")
+    ] = "deployed",
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds, after one that warms up.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")] = None,
+    save: Annotated[Path | None, typer.Option(help="A JSON file for the record.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Measure first-token time, time per further token and memory of methods beside the unpruned model.
+
+    The last line is one JSON object.
+    """
+    import torch
+
+    from vlmflow.latency import Request, compare, machine
+
+    with refusals():
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
+        names = [name for name in map(str.strip, pruners.split(",")) if name not in ("", "none")]
+        for name in names:
+            make_pruner(name, {}, n_layers=32)
+        batches, lengths = counts("--batch-size", batch_size), counts("--new-tokens", new_tokens)
+        images = counts("--image-tokens", image_tokens)
+    if threads:
+        torch.set_num_threads(threads)
+    attn = "sdpa" if protocol == "deployed" else "eager"
+    if geometry is None:
+        subject, prompts = asked(model, task, source, batches, device, dtype, attn)
+    else:
+        subject, prompts = drawn(geometry, layers, images, text_tokens, batches, device, dtype, attn)
+    with refusals():
+        depth = subject.config.get_text_config(decoder=True).num_hidden_layers
+        methods = {name: make_pruner(name, {}, depth) for name in names}
+        for method in methods.values():
+            method.checked_stages(depth, 0)
+    requests = [Request(prompt, length, protocol) for prompt, length in product(prompts, lengths)]
+    out.print(f"{geometry or model}{SHARED if geometry else ''}; protocol {protocol}: {PROTOCOLS[protocol]}.")
+    points = []
+    with Progress(console=notes, transient=True) as progress:
+        bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
+        for request in requests:
+            found = compare(subject, request, methods, repeats, each=lambda: progress.advance(bar))
+            point = {"batch": len(found.image_tokens), "new_tokens": request.new_tokens, **asdict(found)}
+            points.append(point)
+            print_point(request, found)
+    out.print(LEGEND)
+    record = {"subject": geometry or model, "layers": depth, "shared_weights": geometry is not None}
+    record |= {"protocol": protocol, "dtype": str(subject.dtype).removeprefix("torch."), "repeats": repeats}
+    record |= {"machine": machine(subject.device), "versions": versions(), "points": points}
+    if save is not None:
+        with refusals():
+            write_json(save, record)
+        typer.echo(f"wrote {save}")
+    typer.echo(json.dumps(record))
+
+
+def asked(
+    model: str, task: str, source: Path | None, batches: list[int], device: str | None, dtype: str, attn: str
+) -> tuple[Any, list[dict[str, Any]]]:
+    """A model, and for each batch size the task's first questions as its prompts."""
+    with refusals():
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+        chosen = TASKS[task]
+        samples = chosen.samples(Source(source and source.resolve()), max(batches))
+        if len(samples) < max(batches):
+            raise ValueError(f"{task} has {len(samples)} samples, too few for --batch-size {max(batches)}")
+    vlm = load_model(model, device, dtype, attn)
+    from vlmflow.models import Question
+
+    with refusals():
+        questions = [Question(chosen.prompt(s, None), tuple(p.open() for p in s.images)) for s in samples]
+    return vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
+
+
+def drawn(
+    geometry: str,
+    layers: int | None,
+    images: list[int],
+    text_tokens: int,
+    batches: list[int],
+    device: str | None,
+    dtype: str,
+    attn: str,
+) -> tuple[Any, list[dict[str, Any]]]:
+    """A random model of a geometry's widths, and random prompts for each number of image tokens and batch size."""
+    from vlmflow.models import default_device, dtype_named
+    from vlmflow.synthetic import random_model, random_prompt, square_side
+
+    with refusals():
+        model = random_model(
+            geometry_named(geometry),
+            square_side(*images),
+            layers=layers,
+            share_weights=True,
+            dtype=dtype_named("bfloat16" if dtype == "auto" else dtype),
+            device=device or default_device(),
+            attn=attn,
+        )
+    return model, [random_prompt(model, n, text_tokens, batch) for n, batch in product(images, batches)]
+
+
+def counts(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between.
+
+    Raises:
+        ValueError: something else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"{option} wants whole numbers above 0 with commas between, such as 1,8, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def print_point(request: Request, found: Comparison) -> None:
+    """One setting's table, and the methods that do not pay there."""
+    images, texts = sum(found.image_tokens), sum(found.text_tokens)
+    batch = len(found.image_tokens)
+    out.print(
+        f"\nBatch {batch}, {images / batch:g} image and {texts / batch:g} text tokens, {request.new_tokens} new tokens"
+    )
+    table = plain_table("method", "1st token", "times as fast", "FLOPs", "next", "end to end", "memory")
+    for column in table.columns:
+        column.justify, column.no_wrap = "left" if column.header == "method" else "right", True
+    for name, one in found.methods.items():
+        table.add_row(
+            name,
+            seconds(one.seconds["ttft"]),
+            ratio(one.speedup["ttft"]),
+            f"{one.promised:.2f}" if one.promised else "?",
+            seconds(one.seconds["tpot"]) if "tpot" in one.seconds else "",
+            ratio(one.speedup["total"]),
+            decimal(one.peak_bytes) if one.peak_bytes is not None else "?",
+        )
+    out.print(table)
+    for name, total in found.not_paying.items():
+        out.print(f"{name}: no sure gain here, {ratio(total)} times as fast end to end.")
+
+
+def seconds(value: float) -> str:
+    """A time."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.1f} ms"
+
+
+def ratio(found: Ratio) -> str:
+    """A speed-up with its interval."""
+    return f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})"

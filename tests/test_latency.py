@@ -1,0 +1,124 @@
+"""The protocol of time: what is run, in which order, and what is counted. Nothing here depends on the clock."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from vlmflow import VTW, FastV, HiMAP, attach
+from vlmflow.cost import kv_bytes
+from vlmflow.geometry import Geometry
+from vlmflow.latency import Comparison, Latency, Ratio, Request, Timing, compare, run
+from vlmflow.pruners import Unpruned
+from vlmflow.synthetic import random_model, random_prompt, square_side
+
+GEOMETRY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=2, head_dim=16, vocab=300)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(GEOMETRY, side=5, share_weights=True)
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return random_prompt(model, image_tokens=50, text_tokens=7, batch=3)
+
+
+def test_side_of_the_largest_square():
+    assert square_side(576) == 24
+    assert square_side(576, 1152, 2880) == 24
+    assert square_side(300) == 10
+    assert square_side(7) == 1
+
+
+def test_random_model_has_the_geometry(model):
+    read = Geometry.from_config(model.config)
+    assert (read.hidden, read.intermediate, read.layers, read.heads, read.kv_heads, read.head_dim, read.vocab) == (
+        64, 96, 6, 4, 2, 16, 300,
+    )  # fmt: skip
+    assert [layer.self_attn.layer_idx for layer in model.model.language_model.layers] == list(range(6))
+
+
+def test_shared_weights_are_one_set_and_compute_the_same(model, prompts):
+    layers = model.model.language_model.layers
+    assert len({weight.data_ptr() for layer in layers for weight in layer.parameters()}) == len(
+        list(layers[0].parameters())
+    )
+    apart = random_model(GEOMETRY, side=5)
+    pointers = {weight.data_ptr() for layer in apart.model.language_model.layers for weight in layer.parameters()}
+    assert len(pointers) == 6 * len(list(layers[0].parameters()))
+    assert torch.equal(model(**prompts).logits, apart(**prompts).logits)
+
+
+def test_a_random_decoder_is_a_stock_llama(model):
+    """The same weights in a model that transformers made whole give the same hidden states."""
+    stock = LlamaForCausalLM(model.config.text_config).eval()
+    weights = {f"model.{name}": weight for name, weight in model.model.language_model.state_dict().items()}
+    stock.load_state_dict(weights | {"lm_head.weight": model.lm_head.weight})
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(stock(ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("pruner", [Unpruned(), HiMAP(k1=1, k2=3), VTW(k=3)], ids=repr)
+def test_a_run_counts_tokens_and_bytes(model, prompts, pruner):
+    """The cache holds, to the byte, what the cost model says for the prompt and all but the last new token."""
+    timing = run(model, Request(prompts, new_tokens=5), pruner)
+    assert len(timing.decode) == 4
+    assert min(timing.vision, timing.prefill, *timing.decode) > 0
+    assert timing.parts["ttft"] == timing.vision + timing.prefill
+    assert timing.parts["total"] == pytest.approx(timing.vision + timing.prefill + sum(timing.decode))
+    schedule = pruner.schedule(6, 50)
+    assert timing.kv_bytes == 3 * sum(kv_bytes(GEOMETRY, schedule, 7, decoded=4, dtype_bytes=4))
+
+
+def test_the_papers_protocol_reads_the_whole_text_each_time(model, prompts):
+    eager = random_model(GEOMETRY, side=5, share_weights=True, attn="eager")
+    lengths = []
+    hook = eager.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs.get("past_key_values"))), with_kwargs=True
+    )
+    timing = run(eager, Request(prompts, 3, "paper"), FastV(k=2))
+    hook.remove()
+    assert lengths == [(57, None), (58, None), (59, None)]
+    assert timing.kv_bytes == 0
+    assert len(timing.decode) == 2
+
+
+def test_unpruned_runs_with_nothing_attached(model, prompts):
+    with attach(model, FastV()):
+        run(model, Request(prompts), Unpruned())
+        with pytest.raises(ValueError, match="already"):
+            run(model, Request(prompts), HiMAP(k1=1, k2=3))
+
+
+def test_runs_are_interleaved_and_the_first_round_is_not_counted(model, prompts, monkeypatch):
+    seen = []
+
+    def fake(_model, _request, pruner):
+        seen.append(type(pruner).__name__)
+        return Timing(1.0, float(len(seen)), (), None, 0)
+
+    monkeypatch.setattr("vlmflow.latency.run", fake)
+    found = compare(model, Request(prompts), {"himap": HiMAP(k1=1, k2=3), "vtw": VTW(k=3)}, repeats=2)
+    assert seen == ["Unpruned", "HiMAP", "VTW"] * 3
+    assert found.methods["none"].seconds["prefill"] == (4 + 7) / 2
+    assert found.methods["vtw"].seconds["prefill"] == (6 + 9) / 2
+    assert found.methods["himap"].speedup["prefill"].value == (4 + 7) / (5 + 8)
+    assert found.image_tokens == (50, 50, 50)
+    assert found.text_tokens == (7, 7, 7)
+    cost = HiMAP(k1=1, k2=3).cost(GEOMETRY, 50, 7, 7)
+    assert found.methods["himap"].promised == pytest.approx(1 / cost.share("exact_flops"))
+
+
+def test_ratio_and_what_does_not_pay():
+    assert Ratio.of([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == Ratio(2.0, 2.0, 2.0)
+    noisy = Ratio.of([1.0, 3.0, 2.0], [2.0, 1.0, 3.0])
+    assert noisy.low < 1 < noisy.high
+    base = [Timing(1.0, 2.0, (), None, 0)] * 3
+    slow = [Timing(1.0, 3.0, (), None, 0)] * 3
+    rows = {
+        "none": Latency.of(Unpruned(), 1.0, base, base),
+        "fastv": Latency.of(FastV(), 2.0, base, slow),
+        "himap": Latency.of(HiMAP(), 2.0, slow, base),
+    }
+    assert Comparison((9,), (1,), rows).not_paying.keys() == {"fastv"}
