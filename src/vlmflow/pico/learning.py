@@ -97,6 +97,17 @@ def answer_labels(batch: Batch) -> Int[Tensor, "scenes tokens"]:
     return torch.cat([group.labels.flatten(1) for group in batch.groups], 1)
 
 
+def answer_shares(batch: Batch) -> Float[Tensor, " answers"]:
+    """What each answer token counts, in the order of ``read``: all questions as much, though captions are long."""
+    asked = [(group.labels != IGNORE).flatten(0, 1) for group in batch.groups]
+    questions = sum(len(mask) for mask in asked)
+    shares = [
+        (mask / mask.sum(1, keepdim=True)).reshape(len(group.labels), -1)
+        for mask, group in zip(asked, batch.groups, strict=True)
+    ]
+    return torch.cat(shares, 1)[answer_mask(batch)] / questions
+
+
 def answer_mask(batch: Batch) -> Tensor:
     """Where a question token is followed by an answer token."""
     return answer_labels(batch) != IGNORE

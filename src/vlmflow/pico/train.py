@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from vlmflow.pico.batches import IGNORE, Batch, collate, easy_example, opening_ids, scene_example
 from vlmflow.pico.blockwise import use_blocks
 from vlmflow.pico.curriculum import STAGES, Stage
-from vlmflow.pico.learning import PatchWords, answer_labels, naming_loss, read, right_by_kind, see
+from vlmflow.pico.learning import PatchWords, answer_labels, answer_shares, naming_loss, read, right_by_kind, see
 from vlmflow.pico.model import build_model, resize_positions
 from vlmflow.pico.muon import Muon
 from vlmflow.pico.scenes import Split
@@ -84,7 +84,8 @@ class Lesson:
             report |= {"naming": loss.item(), "namings": 1} | right
         if batch.groups:
             scores, labels = read(self.model, features, batch, self.opening), answer_labels(batch)
-            answers = F.cross_entropy(scores, labels[labels != IGNORE])
+            each = F.cross_entropy(scores, labels[labels != IGNORE], reduction="none")
+            answers = (each * answer_shares(batch)).sum()
             loss = answers + NAMING_WEIGHT * loss
             report |= {"loss": answers.item(), "losses": 1}
             for kind, (right, asked) in right_by_kind(scores, batch).items():
