@@ -25,6 +25,11 @@ def test_labels_are_compared():
         label_consistency([1, 2], [1])
 
 
+def test_a_label_is_compared_whole():
+    """The released script would find "A" in "Bad Answer", and count it as kept."""
+    assert label_consistency(["A"], ["Bad Answer"]).tolist() == [0]
+
+
 def test_scores_are_compared_as_sets():
     generator = torch.Generator().manual_seed(0)
     before, after = torch.randn(2, 6, 12, generator=generator)

@@ -276,6 +276,26 @@ def test_a_shared_mask_stays_as_it_is():
     assert torch.equal(*masks)
 
 
+def test_the_script_leaks_into_later_layers():
+    """It writes into the mask that all layers are handed, so that what it says of one layer is true of all after it."""
+    small = tiny.build("llava", "eager")
+    batch = small.collate(small.samples[:3])
+    _, layout, _ = forward(small.model, batch)
+
+    def script(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        blocked = (layout.instruction[:, :, None] & layout.image[:, None, :])[:, None]
+        mask.masked_fill_(blocked, torch.finfo(mask.dtype).min)
+
+    handle = small.model.model.language_model.layers[2].register_forward_pre_hook(script, with_kwargs=True)
+    leaked, _, _ = forward(small.model, batch)
+    handle.remove()
+    reach, _, _ = forward(small.model, batch, [Knockout("image", "instruction", range(2, 6), how="mask")])
+    named, _, _ = forward(small.model, batch, [Knockout("image", "instruction", (2,), how="mask")])
+    torch.testing.assert_close(leaked[real(batch)], reach[real(batch)], atol=1e-4, rtol=0)
+    assert (leaked - named)[real(batch)].abs().max() > 1e-2
+
+
 def test_lets_go_of_q_k_and_v():
     """By reference count alone: waiting for the garbage collector would hold a GPU's memory."""
     small, alive = tiny.build("llava"), []

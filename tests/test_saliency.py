@@ -233,6 +233,27 @@ def test_released_form_is_another_quantity():
     assert (released.blocks[:, :, 0, 1:] == 0).all()
 
 
+def test_released_form_sums_rows_and_totals():
+    """Its measures say what a segment receives, and its flows are not per image token."""
+    small = tiny.build("llava")
+    found = saliency(small.model, small.samples[0], 7, form="released")
+    system, image, instruction = range(3)
+    counts = [len(found.layout.positions(segment)[0]) for segment in ("system", "image", "instruction")]
+    for segment, measure in ((system, found.s_sys), (image, found.s_img), (instruction, found.s_ins)):
+        torch.testing.assert_close(measure, found.blocks[:, :, segment].sum(-1) / counts[segment])
+    torch.testing.assert_close(found.s_vv, found.blocks[:, :, image, image])
+    torch.testing.assert_close(found.s_vt, found.blocks[:, :, instruction, image])
+
+
+def test_equation_6_as_printed_is_empty():
+    """i in V, j in I is flow from the instruction into the image, which comes before it."""
+    small = tiny.build("llava")
+    found = saliency(small.model, small.samples[0], 7)
+    _, image, instruction = range(3)
+    assert (found.blocks[:, :, image, instruction] == 0).all()
+    assert (found.blocks[:, :, instruction, image] > 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -293,6 +314,8 @@ def test_answers_are_spelled_as_the_model_writes_them():
     assert likeliest(spellings(Words(), "Q:", "A"), logits) == (3,)
     logits[2] = 1.0
     assert likeliest(spellings(Words(), "Q:", "A"), logits) == (2,)
+    with pytest.raises(ValueError, match="token 9 is outside the vocabulary of 6"):
+        likeliest([(3,), (9,)], logits)
     with pytest.raises(ValueError, match="no token spells ''"):
         spellings(Words(), "Q:", "")
 

@@ -48,7 +48,16 @@ def spellings(tokenizer: Tokenizer, prompt: str, answer: str) -> list[tuple[int,
 
 
 def likeliest(spellings: Sequence[Sequence[int]], logits: Float[Tensor, " vocab"]) -> tuple[int, ...]:
-    """The spelling whose first token the model likes best, by its logits behind the prompt; of equals the first."""
+    """The spelling whose first token the model likes best, by its logits behind the prompt; of equals the first.
+
+    Raises:
+        ValueError: a spelling begins with a token outside the vocabulary.
+    """
+    for ids in spellings:
+        if not 0 <= ids[0] < len(logits):
+            raise ValueError(
+                f"likeliest: token {ids[0]} is outside the vocabulary of {len(logits)}; use the model's own tokenizer"
+            )
     return tuple(max(spellings, key=lambda ids: float(logits[ids[0]])))
 
 

@@ -27,6 +27,18 @@ class Interval:
     high: float
     undefined: float = 0.0
 
+    @classmethod
+    def of(cls, value: float, resampled: Float[np.ndarray, " resample"]) -> Interval:
+        """A value, and what it was in resamples."""
+        defined = np.sort(resampled[~np.isnan(resampled)])
+        undefined = 1 - len(defined) / len(resampled)
+        if not len(defined):
+            return cls(value, math.nan, math.nan, undefined)
+        low, high = (  # a sample of the resampled values, not a mean of two: they may be infinite
+            float(np.quantile(defined, share, method="inverted_cdf")) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+        )
+        return cls(value, low, high, undefined)
+
 
 def label_consistency(before: Sequence[object], after: Sequence[object]) -> np.ndarray:
     """1 for each sample whose prediction stays what it was, else 0; the measure is their mean.
@@ -123,15 +135,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, seed: int = 0) -
         raise ValueError("bootstrap: no samples to resample")
     generator = np.random.default_rng(seed)
     values = np.array([statistic(generator.integers(n, size=n)) for _ in range(RESAMPLES)])
-    defined = np.sort(values[~np.isnan(values)])
-    undefined = 1 - len(defined) / RESAMPLES
-    value = statistic(np.arange(n))
-    if not len(defined):
-        return Interval(value, math.nan, math.nan, undefined)
-    low, high = (  # a sample of the resampled values, not a mean of two: they may be infinite
-        float(np.quantile(defined, share, method="inverted_cdf")) for share in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    )
-    return Interval(value, low, high, undefined)
+    return Interval.of(statistic(np.arange(n)), values)
 
 
 def needing_image(right_without_image: Sequence[bool]) -> list[int]:
