@@ -18,6 +18,7 @@ FLOORS = [  # a room may import those below it, and its own floor
     {"flow", "models"},
     {"ask", "tasks", "latency"},
     {"evaluate"},
+    {"experiments"},
     {"plots"},
     {"cli"},
 ]

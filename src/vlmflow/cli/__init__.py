@@ -10,6 +10,7 @@ import typer
 from vlmflow import __version__
 from vlmflow.cli.cost import cost
 from vlmflow.cli.evaluate import evaluate, report, sweep
+from vlmflow.cli.flow import flow
 from vlmflow.cli.lists import models, pruners
 from vlmflow.cli.run import demo, run
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("eval")(evaluate)
 for command in (demo, run, cost, sweep, report, pruners, models):
     app.command()(command)
+app.add_typer(flow, name="flow")
 
 
 @app.callback(invoke_without_command=True)

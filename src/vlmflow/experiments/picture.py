@@ -1,0 +1,44 @@
+"""Which patches of one image flow where, for one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmflow.experiments.runner import encode
+from vlmflow.experiments.verdict import named_layers
+from vlmflow.flow.saliency import saliency
+from vlmflow.models import VLM, Question, patch_grids
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Importance of each image token's flow into the instruction and into the image tokens, in ``layers``.
+
+    ``token`` is what the model would say next, the target of the saliency; ``grids`` the rows and columns of each
+    image's tokens.
+    """
+
+    token: str
+    layers: tuple[int, ...]
+    grids: list[tuple[int, int]]
+    into_instruction: Float[Tensor, "layer image"]
+    into_image: Float[Tensor, "layer image"]
+
+
+def patches(vlm: VLM, question: Question, layers: tuple[int, ...] = ()) -> Patches:
+    """Look at the prediction of a question's first answer token.
+
+    Raises:
+        ValueError: no image, a layer that the model has not, or a model whose image tokens form no grids.
+    """
+    layers = named_layers(layers, vlm.n_layers)
+    asked = encode(vlm, question, answer=None)
+    grids = patch_grids(dict(asked.inputs), vlm.model.config, int(asked.layout.image.sum()))
+    if grids is None:
+        raise ValueError("no picture: this model's image tokens do not form one grid an image")
+    found = saliency(vlm.model, asked.inputs, asked.target)
+    flows = (found.patches(0, into)[list(layers)] for into in ("instruction", "image"))
+    return Patches(vlm.processor.tokenizer.decode([asked.target]), layers, grids, *flows)

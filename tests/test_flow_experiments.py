@@ -1,0 +1,556 @@
+"""The analysis on disk: rows that survive anything, verdicts that follow from numbers, figures that show them."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from vlmflow import attach, plots
+from vlmflow.cli import app
+from vlmflow.evaluate.folder import EvaluationError
+from vlmflow.experiments import runner
+from vlmflow.experiments.knockout import ByWindow, ends
+from vlmflow.experiments.means import Means, log_ratio
+from vlmflow.experiments.rows import Finding, read
+from vlmflow.experiments.runner import Study, blank, encode, run
+from vlmflow.experiments.saliency import ByLayer, takes_over
+from vlmflow.experiments.verdict import Claim, judge, named_layers, numbers, shown, span
+from vlmflow.experiments.verdict import number as read_number
+from vlmflow.flow.consistency import Interval, label_consistency, score_consistency
+from vlmflow.flow.consistency import log_ratio as log_ratio_of_two
+from vlmflow.flow.knockout import Knockout, random_positions
+from vlmflow.flow.saliency import saliency
+from vlmflow.models import VLM, Question, load, open_image
+from vlmflow.pico import samples as pico_samples
+from vlmflow.tasks import TASKS, Source
+
+SCENES = pico_samples()
+COLOUR = "What color is the cat?"
+MEASURES = ("label", "score")
+WHOLE = Interval(1.0, 0.5, 1.5)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load("pico", device="cpu")
+
+
+@pytest.fixture
+def questions(vlm, tmp_path):
+    """Four questions about three scenes: three that are never answered, and one that needs no image."""
+    guess = vlm.generate(vlm.encode([Question(COLOUR, blank([open_image(SCENES[0].image)]))]), 8)[0].text
+    lines = []
+    for number, answer in enumerate(["atom", "bicycle", guess, "atom"]):
+        scene = SCENES[number % 3]
+        Image.open(scene.image).save(tmp_path / f"{number % 3}.png")
+        lines.append({"image": f"{number % 3}.png", "question": COLOUR, "answer": answer, "id": f"q{number}"})
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def study(file, experiment) -> Study:
+    return Study(replace(TASKS["jsonl"], max_new_tokens=8), experiment, Source(file))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.jsonl", ".lock")}
+
+
+def vlmflow(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "100"}, catch_exceptions=False)
+
+
+# -- rows
+
+
+def test_saliency_rows_are_what_saliency_says(vlm, questions, tmp_path):
+    summary = run(vlm, study(questions, ByLayer()), tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["q0", "q1", "q2", "q3"]
+    assert [row["dropped"] for row in rows] == [False, False, True, False]
+    assert rows[2]["found"] == {}
+    assert summary["samples"] == {"asked": 4, "dropped": 1, "failed": 0, "kept": 3, "images": 2}
+    subject = encode(vlm, Question(COLOUR, (open_image(SCENES[0].image),)), "atom")
+    assert vlm.processor.tokenizer.decode([subject.target]).strip() == "atom"
+    assert rows[0]["target"] == subject.target
+    found = saliency(vlm.model, subject.inputs, subject.target)
+    for name in ("s_sys", "s_img", "s_ins", "s_vv", "s_vt"):
+        assert rows[0]["found"][name] == pytest.approx(getattr(found, name)[:, 0].tolist(), rel=1e-4)
+    assert rows[0]["found"]["loss"] == pytest.approx(float(found.loss[0]), rel=1e-4)
+    assert rows[0]["lengths"]["image"] == 576
+    assert summary["measures"]["s_vv"][9]["value"] == 0  # nothing reads the last layer's image tokens
+    assert summary["measures"]["s_vt"][3]["value"] == pytest.approx(
+        np.mean([row["found"]["s_vt"][3] for row in rows if not row["dropped"]])
+    )
+    assert (tmp_path / "out/verdict.md").read_text().startswith("# Saliency of pico on jsonl\n\n4 samples: 1 dropped")
+
+
+def test_knockout_rows_are_what_knockouts_leave(vlm, questions, tmp_path):
+    summary = run(vlm, study(questions, ByWindow(layers=(2, 3, 4, 7), width=2)), tmp_path / "out")
+    row = json.loads((tmp_path / "out/rows.jsonl").read_text().splitlines()[0])
+    subject = encode(vlm, Question(COLOUR, (open_image(SCENES[0].image),)), "atom")
+    drawn = random_positions(subject.layout, seed=0)
+    expected = {
+        f"{path} {','.join(map(str, layers))}": Knockout("image", target, layers)
+        for path, target, layers in [
+            ("visual-textual", "instruction", range(5)),
+            ("visual-textual", "instruction", range(5, 10)),
+            ("visual-random", drawn, range(5)),
+            ("visual-random", drawn, range(5, 10)),
+            ("visual-textual", "instruction", (2, 3)),
+            ("intra-visual", "image", (2, 3)),
+            ("visual-textual", "instruction", (4, 7)),
+            ("intra-visual", "image", (4, 7)),
+        ]
+    }
+    assert row["found"]["blocked"].keys() == expected.keys()
+    for key, tap in expected.items():
+        with attach(vlm.model, taps=[tap]), torch.no_grad():
+            logits = vlm.model(**subject.inputs).logits[0, -1]
+        kept = row["found"]["blocked"][key]
+        assert kept["score"] == pytest.approx(float(score_consistency(subject.logits[None], logits[None])[0]))
+        assert kept["label"] == label_consistency([int(subject.logits.argmax())], [int(logits.argmax())])[0]
+        assert kept["right"] == float(int(logits.argmax()) == subject.target)
+    assert min(kept["score"] for kept in row["found"]["blocked"].values()) < 1
+    assert summary["settings"]["examined"] == [[2, 3], [4, 7]]
+    assert summary["settings"]["ends"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    lost = summary["lost"]["score"]["visual-textual"][1]["value"]
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    left = [one["found"]["blocked"]["visual-textual 4,7"]["score"] for one in rows if not one["dropped"]]
+    assert lost == pytest.approx(1 - np.mean(left))
+
+
+def test_a_blank_picture_has_the_size_and_shows_nothing():
+    (made,) = blank([Image.open(SCENES[0].image).resize((30, 20))])
+    assert made.size == (30, 20)
+    assert made.getcolors() == [(600, (224, 224, 224))]
+
+
+# -- going on
+
+
+def test_a_killed_run_ends_with_the_same_files(vlm, tmp_path):
+    command = ["flow", "knockout", "--task", "easy_vqa", "--limit", "8", "--windows", "5"]
+    out, rows = tmp_path / "killed", tmp_path / "killed/rows.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlmflow", *command, "--device", "cpu", "--out", str(out)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    while process.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+    with rows.open("ab") as file:  # in the middle of a line
+        file.write(b'{"id": "test/5", "ima')
+    asked, began = Study(TASKS["easy_vqa"], ByWindow(width=5), limit=8), []
+    run(vlm, asked, out, progress=lambda done, total, row: began.append(done))
+    assert 2 <= began[0] < 8
+    run(vlm, asked, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_finished_run_looks_at_nothing(vlm, questions, tmp_path, monkeypatch):
+    run(vlm, study(questions, ByLayer((1, 2))), tmp_path / "out")
+    before = files(tmp_path / "out")
+    monkeypatch.setattr(VLM, "generate", None)
+    run(vlm, study(questions, ByLayer((1, 2))), tmp_path / "out")
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"experiment": ByLayer((1, 3))}, r"examined was \[1, 2\], is \[1, 3\]"),
+        ({"experiment": ByWindow((1, 2))}, 'experiment was "saliency", is "knockout"'),
+        ({"seed": 1}, r"settings: seed was 0, is 1\. Take another folder"),
+        ({"limit": 3}, "samples.count was 4, is 3"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(vlm, questions, tmp_path, change, says):
+    asked = study(questions, ByLayer((1, 2)))
+    run(vlm, asked, tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(EvaluationError, match=says):
+        run(vlm, replace(asked, **change), tmp_path / "out")
+    assert files(tmp_path / "out") == before
+
+
+def test_a_broken_image_fails_alone_and_is_tried_again(vlm, questions, tmp_path):
+    image = tmp_path / "1.png"
+    intact = image.read_bytes()
+    image.write_bytes(intact[:300])
+    seen = []
+    summary = run(
+        vlm, study(questions, ByLayer()), tmp_path / "out", progress=lambda done, total, row: seen.append(row)
+    )
+    assert summary["failed"] == {"q1": "TaskError: image 1.png: cannot be opened (OSError)"}
+    assert summary["samples"] == {"asked": 4, "dropped": 1, "failed": 1, "kept": 2, "images": 1}
+    assert [row.failure is None for row in seen if row] == [True, False, True, True]
+    image.write_bytes(intact)
+    assert run(vlm, study(questions, ByLayer()), tmp_path / "out")["samples"]["failed"] == 0
+    run(vlm, study(questions, ByLayer()), tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, monkeypatch):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_text("no image")
+    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*cannot be opened.*rows so far are in"):
+        run(vlm, study(questions, ByLayer()), tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 4
+    monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 2)
+    with pytest.raises(EvaluationError, match="2 samples in a row failed"):
+        run(vlm, study(questions, ByLayer()), tmp_path / "soon")
+
+
+def test_a_token_outside_the_vocabulary_is_told_of(vlm, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "spellings", lambda *args: [(10_000,)])
+    with pytest.raises(EvaluationError, match="token 10000 is outside the vocabulary of"):
+        run(vlm, study(questions, ByLayer()), tmp_path / "out")
+
+
+def test_nothing_left_is_told_of(vlm, questions, tmp_path):
+    line = questions.read_text().splitlines()[2]
+    questions.write_text(line)
+    with pytest.raises(EvaluationError, match="no sample is left: 1 of 1 were answered right about a blank picture"):
+        run(vlm, study(questions, ByLayer()), tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 1
+
+
+def test_a_broken_row_is_named(vlm, questions, tmp_path):
+    run(vlm, study(questions, ByLayer()), tmp_path / "out")
+    rows = tmp_path / "out/rows.jsonl"
+    rows.write_bytes(b'{"id": "q0"}\n' + rows.read_bytes())
+    with pytest.raises(EvaluationError, match=r"rows.jsonl, line 1: not a row of this experiment"):
+        run(vlm, study(questions, ByLayer()), tmp_path / "out")
+
+
+# -- means and judgements
+
+
+def test_means_are_those_of_samples_and_images_are_drawn():
+    generator = np.random.default_rng(0)
+    values, images = generator.random((60, 2, 3)), [number // 3 for number in range(60)]
+    values[5, 1, 2] = np.nan
+    means = Means.of(values, images, seed=1)
+    assert means.value == pytest.approx(np.nanmean(values, 0))
+    wide = means.interval(lambda m: m[..., 0, 0])
+    assert wide.value == means.value[0, 0]
+    assert wide.low < wide.value < wide.high
+    same = Means.of(np.repeat(values[:20], 3, axis=0), images, seed=1).interval(lambda m: m[..., 0, 0])
+    alone = Means.of(values[:20], range(20), seed=1).interval(lambda m: m[..., 0, 0])
+    assert (same.low, same.high) == pytest.approx((alone.low, alone.high))  # asked thrice, an image tells no more
+    assert Means.of(values, images, seed=2).interval(lambda m: m[..., 0, 0]) != wide
+    one = Means.of(values, ["the same"] * 60, seed=1).interval(lambda m: m[..., 0, 0])
+    assert math.isnan(one.low)
+    assert one.undefined == 1
+
+
+def test_log_ratio_is_that_of_two_numbers():
+    cases = [(0.2, 0.1), (0.1, 0.0), (0.0, 0.1), (0.0, 0.0), (-0.3, 0.1), (0.1, -0.3), (math.nan, 0.1)]
+    over, under = np.array(cases).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert log_ratio(over, under) == pytest.approx([log_ratio_of_two(*case) for case in cases], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("interval", "judgement"),
+    [
+        (Interval(1.0, 0.5, 1.5), "holds"),
+        (Interval(1.0, -0.1, 1.5), "undecided"),
+        (Interval(-1.0, -1.5, -0.5), "does not hold"),
+        (Interval(0.0, 0.0, 0.0), "does not hold"),
+        (Interval(math.inf, math.inf, math.inf), "holds"),
+        (Interval(1.0, 0.5, 1.5, undefined=0.2), "undecided"),
+        (Interval(1.0, math.nan, math.nan, undefined=1.0), "undecided"),
+    ],
+)
+def test_claims_are_judged_by_their_intervals(interval, judgement):
+    assert Claim("", interval).judgement == judgement
+
+
+def test_a_hypothesis_holds_if_all_its_claims_do():
+    yes, no, open_ = Claim("", WHOLE), Claim("", Interval(-1.0, -2.0, -0.5)), Claim("", Interval(0.1, -1.0, 1.0))
+    assert judge([yes, yes]) == "holds"
+    assert judge([yes, open_]) == "undecided"
+    assert judge([open_, no]) == "does not hold"
+    assert judge([]) == "undecided"
+
+
+def test_numbers_survive_json():
+    wild = Interval(math.nan, -math.inf, math.inf, 0.5)
+    written = json.loads(json.dumps(numbers(wild), allow_nan=False))
+    assert [read_number(written[name]) for name in ("low", "high", "undefined")] == [-math.inf, math.inf, 0.5]
+    assert math.isnan(read_number(written["value"]))
+    assert shown(written) == "not defined"
+    assert shown(numbers(WHOLE)) == "1 [0.5, 1.5]"
+
+
+def test_layers_are_named_and_said():
+    assert named_layers((), 3) == (0, 1, 2)
+    assert named_layers((2, 0, 2), 3) == (0, 2)
+    assert span([0, 1, 2, 5]) == "layers 0-2, 5"
+    assert span([4]) == "layer 4"
+    with pytest.raises(ValueError, match="layers names layer 3, but this model has layers 0 to 2"):
+        named_layers((3,), 3)
+    assert ends(40) == [(0, 1, 2, 3, 4), (35, 36, 37, 38, 39)]
+    assert ends(6) == [(0, 1, 2), (3, 4, 5)]
+
+
+def test_intra_visual_flow_takes_over_once_visual_textual_flow_leads_no_more():
+    vt, vv, none = "visual-textual", "intra-visual", "neither"
+    assert takes_over(dict(enumerate([vt, vt, none, vv, vv]))) == 3
+    assert takes_over(dict(enumerate([vt, vv, vt, none, vv]))) == 4
+    assert takes_over(dict(enumerate([vt, vv, vt]))) is None
+    assert takes_over(dict(enumerate([vv, vv]))) is None
+
+
+# -- hypotheses, on numbers made for them
+
+
+def measured(vt, vv, n=30):
+    """Samples whose flows are given by layer, with some noise; the last layer's S_vv is 0 as ever."""
+    generator = np.random.default_rng(0)
+    for number in range(n):
+        noise = generator.uniform(0.9, 1.1, (5, len(vt)))
+        rows = noise * np.array([[0.5] * len(vt), [0.01] * len(vt), [1.0] * len(vt), vv, vt])
+        rows[3, -1] = 0
+        found = dict(zip(("s_sys", "s_img", "s_ins", "s_vv", "s_vt"), rows.tolist(), strict=True))
+        yield Finding(
+            f"{number}", (f"{number}.png",), lengths={"system": 9, "image": 100, "instruction": 10}, found=found
+        )
+
+
+@pytest.mark.parametrize(
+    ("vt", "vv", "judgements", "over"),
+    [
+        ([9, 8, 7, 1, 1, 1], [1, 1, 1, 5, 5, 5], ("holds", "holds"), 3),  # as the paper says
+        ([1, 1, 1, 9, 8, 7], [5, 5, 5, 1, 1, 1], ("does not hold", "does not hold"), None),
+        ([9, 8, 7, 1, 1, 1], [1, 1, 1, 1, 1, 1], ("holds", "undecided"), None),  # none leads in deep layers
+    ],
+)
+def test_saliency_decides_the_hypotheses(vt, vv, judgements, over):
+    summary = ByLayer().sum_up(list(measured(vt, vv)), n_layers=6, seed=0)
+    assert tuple(summary["hypotheses"][name]["judgement"] for name in ("H1", "H2")) == judgements
+    assert summary["takes_over"] == over
+    assert summary["image_to_instruction"]["per_token"]["value"] == pytest.approx(0.01, rel=0.02)
+    assert summary["image_to_instruction"]["together"]["value"] == pytest.approx(0.1, rel=0.02)
+    assert "5" not in summary["leaders"]
+
+
+def test_one_layer_decides_nothing():
+    summary = ByLayer((2,)).sum_up([replace(one, found={k: v[2:3] for k, v in one.found.items()}) for one in measured([9] * 6, [1] * 6)], 6, 0)  # fmt: skip  # noqa: E501
+    assert summary["leaders"] == {"2": "visual-textual"}
+    assert {name: own["judgement"] for name, own in summary["hypotheses"].items()} == {
+        "H1": "undecided",
+        "H2": "undecided",
+    }
+
+
+def disturbed(left, experiment, n_layers, n=40):
+    """Samples of which each condition leaves a share, as its path and first layer have it."""
+    for number in range(n):
+        blocked = {}
+        for path, layers in experiment.conditions(n_layers):
+            stays = float(number % 10 < 10 * left(path, layers[0]))
+            blocked[f"{path} {','.join(map(str, layers))}"] = {"score": stays, "label": stays, "right": stays}
+        yield Finding(f"{number}", (f"{number}.png",), right=True, found={"blocked": blocked})
+
+
+def as_the_paper(path, first):
+    deep = first >= 5
+    return {
+        "visual-textual": 0.9 if deep else 0.4,
+        "intra-visual": 0.5 if deep else 0.8,
+        "visual-random": 1.0,
+    }[path]
+
+
+def the_other_way(path, first):
+    return as_the_paper(path, 9 - first) if path != "visual-random" else 1.0
+
+
+@pytest.mark.parametrize(
+    ("left", "judgement"), [(as_the_paper, "holds"), (the_other_way, "does not hold"), (lambda *_: 1.0, None)]
+)
+def test_knockouts_decide_the_hypotheses(left, judgement):
+    experiment = ByWindow(width=1)
+    summary = experiment.sum_up(list(disturbed(left, experiment, 10)), n_layers=10, seed=0)
+    found = [summary["hypotheses"][name]["judgement"] for name in ("H1", "H2")]
+    assert found == ([judgement] * 2 if judgement else ["does not hold", "undecided"])
+    if judgement:
+        d = [own["value"] for own in summary["log_vv_vt"]["score"]]
+        deep, shallow = math.log(0.5 / 0.1), math.log(0.2 / 0.6)
+        expected = [shallow] * 5 + [deep] * 5 if left is as_the_paper else [deep] * 5 + [shallow] * 5
+        assert d == pytest.approx(expected)
+    else:
+        assert summary["log_vv_vt"]["score"][0] == {"value": None, "low": None, "high": None, "undefined": 1.0}
+
+
+def test_a_window_of_the_last_layer_alone_decides_nothing():
+    """There E_vv is 0 whatever the model does."""
+
+    def left(path, first):
+        return 1.0 if path == "intra-visual" and first == 9 else as_the_paper(path, first)
+
+    experiment = ByWindow(width=1)
+    summary = experiment.sum_up(list(disturbed(left, experiment, 10)), n_layers=10, seed=0)
+    assert summary["log_vv_vt"]["score"][9]["value"] == "-inf"
+    assert summary["hypotheses"]["H2"]["judgement"] == "holds"
+    assert "layers 5-8" in summary["hypotheses"]["H2"]["claims"][0]["claim"]
+
+
+def test_windows():
+    assert ByWindow(width=5).windows(12) == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (10, 11)]
+    with pytest.raises(ValueError, match="windows must be 1, 2 or 5, got 3"):
+        ByWindow(width=3).settings(10)
+
+
+# -- figures
+
+
+def curves(path):
+    """The names that a figure's marks carry."""
+    tree = ElementTree.fromstring(path.read_text())
+    return [element.attrib["id"] for element in tree.iter() if "id" in element.attrib]
+
+
+def is_png(path):
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.format == "PNG" and picture.width > 300 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_figures_show_every_curve(tmp_path):
+    rising = plots.Curve([1, 2, 0], [0.5, 1, 0], [2, 3, 0])
+    plots.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
+    assert {"one", "two"} <= set(curves(tmp_path / "a.svg"))
+    ratio = plots.Curve([math.inf, math.nan, -1], [0, math.nan, -math.inf], [math.inf, math.nan, 0])
+    plots.log_ratios(tmp_path / "b", ["0", "1", "2"], {"one": rising, "two": rising}, ratio, "title")
+    assert {"one", "two", "D"} <= set(curves(tmp_path / "b.svg"))
+    plots.consistencies(tmp_path / "c", ["first", "last", "all"], {"label": {"one": rising, "two": rising}}, "title")
+    assert {"label: one", "label: two"} <= set(curves(tmp_path / "c.svg"))
+    plots.lengths(tmp_path / "d", {"image": [576] * 5, "text": list(range(200))}, "title")
+    flows = {"into this": np.zeros((10, 8)), "into that": np.random.default_rng(0).random((10, 8))}
+    picture = Image.open(SCENES[0].image)
+    plots.flow_maps(tmp_path / "e", [picture, picture], [(2, 2), (2, 2)], range(10), flows, "title")
+    assert all(is_png(tmp_path / f"{name}.png") for name in "abcde")
+    before = (tmp_path / "a.svg").read_bytes()
+    plots.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
+    assert (tmp_path / "a.svg").read_bytes() == before
+
+
+# -- the command line
+
+
+@pytest.mark.parametrize(
+    ("command", "drawn", "named"),
+    [
+        (
+            ["saliency", "--layers", "0-2,9"],
+            ["contributions", "flows", "lengths"],
+            {
+                "contributions": ["system tokens (S_sys)", "image tokens (S_img)", "instruction tokens (S_ins)"],
+                "flows": ["visual-textual (S_vt)", "intra-visual (S_vv)"],
+            },
+        ),
+        (
+            ["knockout", "--windows", "5"],
+            ["consistency", "windows"],
+            {
+                "consistency": [f"{m} consistency: visual-{p} flow" for m in MEASURES for p in ("textual", "random")],
+                "windows": ["intra-visual flow", "visual-textual flow", "D"],
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, drawn, named):
+    args = ["flow", *command, "--samples", questions, "--device", "cpu", "--out", tmp_path / "out"]
+    made = vlmflow(*args, "--json")
+    assert made.exit_code == 0, made.output
+    summary = json.loads(made.stdout.strip().split("\n")[-1])
+    assert summary == json.loads((tmp_path / "out/summary.json").read_text())
+    verdict = (tmp_path / "out/verdict.md").read_text()
+    assert verdict in made.stdout
+    assert "## H1" in verdict
+    assert "fewer than 20 they are too narrow" in verdict
+    for stem in drawn:
+        assert is_png(tmp_path / f"out/{stem}.png")
+        found = curves(tmp_path / f"out/{stem}.svg")
+        assert [found.count(name) for name in named.get(stem, [])] == [1] * len(named.get(stem, []))
+    before = files(tmp_path / "out")
+    assert vlmflow(*args).exit_code == 0
+    assert files(tmp_path / "out") == before
+    refused = vlmflow(*args, "--seed", "7")
+    assert refused.exit_code == 2
+    assert re.fullmatch(r"vlmflow: .* seed was 0, is 7\. Take another folder for this one\n", refused.stderr)
+    assert files(tmp_path / "out") == before
+
+
+def test_show_draws_patches(tmp_path):
+    made = vlmflow("flow", "show", "--image", SCENES[0].image, "--prompt", COLOUR, "--layers", "0,8-9", "--out", tmp_path / "out", "--json")  # fmt: skip  # noqa: E501
+    assert made.exit_code == 0, made.output
+    record = json.loads(made.stdout.strip().split("\n")[-1])
+    assert record == json.loads((tmp_path / "out/flow.json").read_text())
+    assert record["layers"] == [0, 8, 9]
+    assert record["importance"]["into each other"][2] == 0
+    assert min(record["importance"]["into the instruction"]) > 0
+    assert is_png(tmp_path / "out/flow.png")
+    assert ElementTree.fromstring((tmp_path / "out/flow.svg").read_text()).tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["saliency"], "name either a --task or a file of --samples"),
+        (["saliency", "--task", "pico", "--samples", "x.jsonl"], "name either a --task or a file of --samples"),
+        (["knockout", "--task", "poetry"], "unknown task 'poetry'; choose from"),
+        (["knockout", "--task", "pico", "--limit", "1", "--windows", "3"], "windows must be 1, 2 or 5, got 3"),
+        (["knockout", "--task", "pico", "--limit", "1", "--layers", "4-2"], "--layers wants numbers and ranges"),
+        (["saliency", "--task", "pico", "--limit", "1", "--layers", "10"], "layer 10, but this model"),
+        (["saliency", "--task", "pico_captions", "--limit", "1"], "no answer that is right or wrong"),
+        (["saliency", "--task", "pico", "--limit", "1", "--device", "toaster"], "device 'toaster'"),
+        (["saliency", "--samples", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["saliency", "--samples", "broken.jsonl"], "broken.jsonl, line 2, column 2: broken JSON"),
+        (["saliency", "--samples", "imageless.jsonl"], "imageless.jsonl, line 1: 'image' is missing"),
+        (["saliency", "--samples", "lost.jsonl"], "lost.jsonl, line 1: image gone.png not found"),
+        (["knockout", "--samples", "mute.jsonl"], "mute.jsonl, line 1: no answer that is right or wrong"),
+        (["show", "--image", "gone.png", "--prompt", "?"], "no image file at gone.png"),
+        (["show", "--image", "scene.png", "--prompt", " "], "the prompt is empty"),
+        (["show", "--image", "scene.png", "--prompt", "?", "--layers", "99"], "layer 99, but this model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_line(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.open(SCENES[0].image).save("scene.png")
+    good = {"image": "scene.png", "question": COLOUR, "answer": "red"}
+    for name, lines in {
+        "broken": [json.dumps(good), "{"],
+        "imageless": [json.dumps({"question": COLOUR, "answer": "red"})],
+        "lost": [json.dumps(good | {"image": "gone.png"})],
+        "mute": [json.dumps(good | {"answer": ""})],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    made = vlmflow("flow", *args, "--out", "out")
+    assert made.exit_code == 2, made.output
+    assert made.stdout == ""
+    (said,) = made.stderr.strip().split("\n")
+    assert says in said
+    assert not (tmp_path / "out").exists()
