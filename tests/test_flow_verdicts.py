@@ -1,0 +1,197 @@
+"""What the analysis makes of its rows: means with intervals, judged claims, hypotheses."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vlmflow.experiments.knockout import ByWindow, ends
+from vlmflow.experiments.means import Means, log_ratio
+from vlmflow.experiments.rows import Finding
+from vlmflow.experiments.saliency import ByLayer, takes_over
+from vlmflow.experiments.verdict import Claim, judge, named_layers, number, numbers, shown, span
+from vlmflow.flow.consistency import Interval
+from vlmflow.flow.consistency import log_ratio as log_ratio_of_two
+
+WHOLE = Interval(1.0, 0.5, 1.5)
+
+
+# -- means and judgements
+
+
+def test_means_are_those_of_samples_and_images_are_drawn():
+    generator = np.random.default_rng(0)
+    values, images = generator.random((60, 2, 3)), [i // 3 for i in range(60)]
+    values[5, 1, 2] = np.nan
+    means = Means.of(values, images, seed=1)
+    assert means.value == pytest.approx(np.nanmean(values, 0))
+    wide = means.interval(lambda m: m[..., 0, 0])
+    assert wide.value == means.value[0, 0]
+    assert wide.low < wide.value < wide.high
+    same = Means.of(np.repeat(values[:20], 3, axis=0), images, seed=1).interval(lambda m: m[..., 0, 0])
+    alone = Means.of(values[:20], range(20), seed=1).interval(lambda m: m[..., 0, 0])
+    assert (same.low, same.high) == pytest.approx((alone.low, alone.high))  # asked thrice, an image tells no more
+    assert Means.of(values, images, seed=2).interval(lambda m: m[..., 0, 0]) != wide
+    one = Means.of(values, ["the same"] * 60, seed=1).interval(lambda m: m[..., 0, 0])
+    assert math.isnan(one.low)
+    assert one.undefined == 1
+
+
+def test_log_ratio_is_that_of_two_numbers():
+    cases = [(0.2, 0.1), (0.1, 0.0), (0.0, 0.1), (0.0, 0.0), (-0.3, 0.1), (0.1, -0.3), (math.nan, 0.1)]
+    over, under = np.array(cases).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert log_ratio(over, under) == pytest.approx([log_ratio_of_two(*case) for case in cases], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("interval", "judgement"),
+    [
+        (Interval(1.0, 0.5, 1.5), "holds"),
+        (Interval(1.0, -0.1, 1.5), "undecided"),
+        (Interval(-1.0, -1.5, -0.5), "does not hold"),
+        (Interval(0.0, 0.0, 0.0), "does not hold"),
+        (Interval(math.inf, math.inf, math.inf), "holds"),
+        (Interval(1.0, 0.5, 1.5, undefined=0.2), "undecided"),
+        (Interval(1.0, math.nan, math.nan, undefined=1.0), "undecided"),
+    ],
+)
+def test_claims_are_judged_by_their_intervals(interval, judgement):
+    assert Claim("", interval).judgement == judgement
+
+
+def test_a_hypothesis_holds_if_all_its_claims_do():
+    yes, no, open_ = Claim("", WHOLE), Claim("", Interval(-1.0, -2.0, -0.5)), Claim("", Interval(0.1, -1.0, 1.0))
+    assert judge([yes, yes]) == "holds"
+    assert judge([yes, open_]) == "undecided"
+    assert judge([open_, no]) == "does not hold"
+    assert judge([]) == "undecided"
+
+
+def test_numbers_survive_json():
+    wild = Interval(math.nan, -math.inf, math.inf, 0.5)
+    written = json.loads(json.dumps(numbers(wild), allow_nan=False))
+    assert [number(written[name]) for name in ("low", "high", "undefined")] == [-math.inf, math.inf, 0.5]
+    assert math.isnan(number(written["value"]))
+    assert shown(written) == "not defined"
+    assert shown(numbers(WHOLE)) == "1 [0.5, 1.5]"
+
+
+def test_layers_are_named_and_said():
+    assert named_layers((), 3) == (0, 1, 2)
+    assert named_layers((2, 0, 2), 3) == (0, 2)
+    assert span([0, 1, 2, 5]) == "layers 0-2, 5"
+    assert span([4]) == "layer 4"
+    with pytest.raises(ValueError, match="layers names layer 3, but this model has layers 0 to 2"):
+        named_layers((3,), 3)
+    assert ends(40) == [(0, 1, 2, 3, 4), (35, 36, 37, 38, 39)]
+    assert ends(6) == [(0, 1, 2), (3, 4, 5)]
+
+
+def test_intra_visual_flow_takes_over_once_visual_textual_flow_leads_no_more():
+    vt, vv, none = "visual-textual", "intra-visual", "neither"
+    assert takes_over(dict(enumerate([vt, vt, none, vv, vv]))) == 3
+    assert takes_over(dict(enumerate([vt, vv, vt, none, vv]))) == 4
+    assert takes_over(dict(enumerate([vt, vv, vt]))) is None
+    assert takes_over(dict(enumerate([vv, vv]))) is None
+
+
+# -- hypotheses, on numbers made for them
+
+
+def measured(vt, vv, n=30):
+    """Samples whose flows are given by layer, with some noise; the last layer's S_vv is 0 as ever."""
+    generator = np.random.default_rng(0)
+    for i in range(n):
+        noise = generator.uniform(0.9, 1.1, (5, len(vt)))
+        rows = noise * np.array([[0.5] * len(vt), [0.01] * len(vt), [1.0] * len(vt), vv, vt])
+        rows[3, -1] = 0
+        found = dict(zip(("s_sys", "s_img", "s_ins", "s_vv", "s_vt"), rows.tolist(), strict=True))
+        yield Finding(f"{i}", (f"{i}.png",), lengths={"system": 9, "image": 100, "instruction": 10}, found=found)
+
+
+@pytest.mark.parametrize(
+    ("vt", "vv", "judgements", "over"),
+    [
+        ([9, 8, 7, 1, 1, 1], [1, 1, 1, 5, 5, 5], ("holds", "holds"), 3),  # as the paper says
+        ([1, 1, 1, 9, 8, 7], [5, 5, 5, 1, 1, 1], ("does not hold", "does not hold"), None),
+        ([9, 8, 7, 1, 1, 1], [1, 1, 1, 1, 1, 1], ("holds", "undecided"), None),  # none leads in deep layers
+    ],
+)
+def test_saliency_decides_the_hypotheses(vt, vv, judgements, over):
+    summary = ByLayer().sum_up(list(measured(vt, vv)), n_layers=6, seed=0)
+    assert tuple(summary["hypotheses"][name]["judgement"] for name in ("H1", "H2")) == judgements
+    assert summary["takes_over"] == over
+    assert summary["image_to_instruction"]["per_token"]["value"] == pytest.approx(0.01, rel=0.02)
+    assert summary["image_to_instruction"]["together"]["value"] == pytest.approx(0.1, rel=0.02)
+    assert "5" not in summary["leaders"]
+
+
+def test_one_layer_decides_nothing():
+    summary = ByLayer((2,)).sum_up([replace(one, found={k: v[2:3] for k, v in one.found.items()}) for one in measured([9] * 6, [1] * 6)], 6, 0)  # fmt: skip  # noqa: E501
+    assert summary["leaders"] == {"2": "visual-textual"}
+    assert {name: own["judgement"] for name, own in summary["hypotheses"].items()} == {
+        "H1": "undecided",
+        "H2": "undecided",
+    }
+
+
+def disturbed(left, experiment, n_layers, n=40):
+    """Samples of which each condition leaves a share, as its path and first layer have it."""
+    for i in range(n):
+        blocked = {}
+        for path, layers in experiment.conditions(n_layers):
+            stays = float(i % 10 < 10 * left(path, layers[0]))
+            blocked[f"{path} {','.join(map(str, layers))}"] = {"score": stays, "label": stays, "right": stays}
+        yield Finding(f"{i}", (f"{i}.png",), right=True, found={"blocked": blocked})
+
+
+def as_the_paper(path, first):
+    deep = first >= 5
+    return {
+        "visual-textual": 0.9 if deep else 0.4,
+        "intra-visual": 0.5 if deep else 0.8,
+        "visual-random": 1.0,
+    }[path]
+
+
+def the_other_way(path, first):
+    return as_the_paper(path, 9 - first) if path != "visual-random" else 1.0
+
+
+@pytest.mark.parametrize(
+    ("left", "judgement"), [(as_the_paper, "holds"), (the_other_way, "does not hold"), (lambda *_: 1.0, None)]
+)
+def test_knockouts_decide_the_hypotheses(left, judgement):
+    experiment = ByWindow(width=1)
+    summary = experiment.sum_up(list(disturbed(left, experiment, 10)), n_layers=10, seed=0)
+    found = [summary["hypotheses"][name]["judgement"] for name in ("H1", "H2")]
+    assert found == ([judgement] * 2 if judgement else ["does not hold", "undecided"])
+    if judgement:
+        d = [own["value"] for own in summary["log_vv_vt"]["score"]]
+        deep, shallow = math.log(0.5 / 0.1), math.log(0.2 / 0.6)
+        expected = [shallow] * 5 + [deep] * 5 if left is as_the_paper else [deep] * 5 + [shallow] * 5
+        assert d == pytest.approx(expected)
+    else:
+        assert summary["log_vv_vt"]["score"][0] == {"value": None, "low": None, "high": None, "undefined": 1.0}
+
+
+def test_a_window_of_the_last_layer_alone_decides_nothing():
+    """There E_vv is 0 whatever the model does."""
+
+    def left(path, first):
+        return 1.0 if path == "intra-visual" and first == 9 else as_the_paper(path, first)
+
+    experiment = ByWindow(width=1)
+    summary = experiment.sum_up(list(disturbed(left, experiment, 10)), n_layers=10, seed=0)
+    assert summary["log_vv_vt"]["score"][9]["value"] == "-inf"
+    assert summary["hypotheses"]["H2"]["judgement"] == "holds"
+    assert "layers 5-8" in summary["hypotheses"]["H2"]["claims"][0]["claim"]
+
+
+def test_windows():
+    assert ByWindow(width=5).windows(12) == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (10, 11)]
+    with pytest.raises(ValueError, match="windows must be 1, 2 or 5, got 3"):
+        ByWindow(width=3).settings(10)
