@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,14 @@ def evaluate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the judge's requests; send none.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    engine: Annotated[str, typer.Option(help="Who answers: local, this process or torchrun's; or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="With ray: so many models answer; default: 1.")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="With ray: GPUs for each; default: one, if there are any.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Evaluate a model on a task with its image tokens pruned; started again it goes on where it stopped."""
@@ -86,25 +95,37 @@ def evaluate(
         marker = Judge(judge, out_dir / "judge", judge_url) if judge else None
         if dry_run and marker is None:
             raise ValueError("--dry-run writes a judge's requests; name the judge with --judge")
+        fleet = _fleet(engine, workers, gpus_per_worker, ray_address)
         where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
         _check_out(out_dir)
         samples = _samples(chosen, where, prompt_style, rule, limit)
-    vlm = load_model(model, device, dtype)
     from vlmflow.evaluate.budgets import for_task
+    from vlmflow.evaluate.on_ray import Loading, connected
+    from vlmflow.evaluate.on_torchrun import Ranks
     from vlmflow.evaluate.runner import Evaluation, mark, run, write_requests
 
+    def asked(n_layers: int) -> Evaluation:
+        method, origin = for_task(pruner, settings, chosen.preset, n_layers)
+        return Evaluation(chosen, method, origin, where, prompt_style, rule, limit, max_new_tokens)
+
+    with refusals(), stoppable(), bars() as progress:
+        how = {"batch_size": batch_size, "samples": samples, "progress": show(progress, f"{task} {pruner}")}
+        if fleet is not None:
+            with connected(Loading.named(model, device, dtype), *fleet) as pool:
+                subject = pool.describe()
+                evaluation = asked(subject.layers)
+                summary = pool.run(subject, evaluation, out_dir, **how)
+        elif (ranks := Ranks.launched()) is not None:
+            vlm = load_model(model, device or ranks.device, dtype)
+            evaluation = asked(vlm.n_layers)
+            summary = ranks.run(vlm, evaluation, out_dir, **how)
+        else:
+            vlm = load_model(model, device, dtype)
+            evaluation = asked(vlm.n_layers)
+            summary = run(vlm, evaluation, out_dir, **how)
+    if summary is None:
+        return  # torchrun's first process has it
     with refusals(), stoppable():
-        method, origin = for_task(pruner, settings, chosen.preset, vlm.n_layers)
-        evaluation = Evaluation(chosen, method, origin, where, prompt_style, rule, limit, max_new_tokens)
-        with bars() as progress:
-            summary = run(
-                vlm,
-                evaluation,
-                out_dir,
-                batch_size=batch_size,
-                samples=samples,
-                progress=show(progress, f"{task} {pruner}"),
-            )
         if marker is not None and dry_run:
             count = write_requests(out_dir, evaluation, marker, samples)
             notes.print(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
@@ -153,6 +174,8 @@ def sweep(
         chosen = _task(task)
         if chosen.rubric is not None:
             raise ValueError(f"{task} needs a judge; evaluate its methods one by one with eval --judge")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ValueError("sweep runs in one process; under torchrun evaluate its methods one by one with eval")
         where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
         _check_out(out_dir)
         samples = _samples(chosen, where, prompt_style, rule, limit)
@@ -272,6 +295,22 @@ def _samples(task: Task, source: Source, style: str | None, rule: str | None, li
     task.prompt(samples[0], style)
     task.parse("", samples[0], rule)
     return samples
+
+
+def _fleet(
+    engine: str, workers: int | None, gpus: float | None, address: str | None
+) -> tuple[int, float | None, str | None] | None:
+    """What Ray is to make, None where it has no part."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be local or ray, got {engine!r}")
+    if engine == "local":
+        given = {"--workers": workers, "--gpus-per-worker": gpus, "--ray-address": address}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{names[0]} goes with --engine ray")
+        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError("--engine ray starts its own workers; run it without torchrun")
+    return workers if workers is not None else 1, gpus, address
 
 
 def _check_out(folder: Path) -> None:

@@ -138,6 +138,11 @@ class Shard:
     end: int
     missing: tuple[str, ...]
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Shard:
+        """From its fields in JSON's own types."""
+        return cls(record["first"], record["end"], tuple(record["missing"]))
+
 
 Answers = Callable[[Sequence[Shard]], Iterator[list[Row]]]  # the rows of each shard, in whichever order they come
 
@@ -156,12 +161,21 @@ def missing_shards(samples: Sequence[Sample], answered: Collection[str], batch_s
 def fingerprint(model: nn.Module) -> str:
     """A digest of a few weights of every parameter: tells checkpoints apart without reading them whole."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in list(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if not weight.is_meta:  # on disk or in memory while another layer runs
-            few = weight.detach().flatten()[:16].float().cpu()
-            digest.update(few.numpy().tobytes())
+        few = (_offloaded(model, name) if weight.is_meta else weight).detach().flatten()[:16].float().cpu()
+        digest.update(few.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """A weight that accelerate keeps in memory or on disk until its module runs."""
+    from accelerate.utils import align_module_device
+
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module):
+        return module.get_parameter(own)
 
 
 def run(
@@ -442,7 +456,7 @@ def _geometry(vlm: VLM) -> Geometry | None:
 
 def machine(vlm: VLM) -> dict[str, Any]:
     """Where a model runs."""
-    device = vlm.model.device
+    device = vlm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": str(device), "machine": name}
 

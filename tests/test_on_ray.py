@@ -1,0 +1,120 @@
+"""Evaluations by Ray's workers: whoever is killed, the files end as one process writes them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vlmflow.cli import app
+from vlmflow.evaluate.budgets import for_task
+from vlmflow.evaluate.folder import EvaluationError
+from vlmflow.evaluate.on_ray import Loading, connected
+from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.models import load
+from vlmflow.tasks import TASKS
+
+ray = pytest.importorskip("ray")
+PICO = Loading.named("pico", "cpu", "auto")
+ASKED = Evaluation(TASKS["pico"], *for_task("himap", {}, "qa", 10), limit=16, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What one process makes of it."""
+    out = tmp_path_factory.mktemp("alone")
+    run(load("pico", device="cpu"), ASKED, out, batch_size=2)
+    return out
+
+
+def files(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "summary.json").read_bytes(), (folder / "rows.jsonl").read_bytes()
+
+
+def test_a_killed_worker_loses_nothing(alone, tmp_path):
+    marker, samples = tmp_path / "killed", ASKED.samples()
+    rule = ASKED.task.rules["text"]
+
+    def deadly(text, sample):
+        if sample.id == samples[7].id and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rule(text, sample)
+
+    doomed = replace(ASKED, task=replace(ASKED.task, rules={"text": deadly}))
+    how = {"batch_size": 2, "samples": samples, "progress": lambda *_: None}
+    with connected(PICO, workers=2) as pool:
+        subject = pool.describe()
+        pool.run(subject, doomed, tmp_path / "out", **how)
+        assert marker.exists()
+        assert files(tmp_path / "out") == files(alone)
+        began = []
+        pool.run(subject, doomed, tmp_path / "out", **{**how, "progress": lambda done, *_: began.append(done)})
+        assert began == [16]
+        with pytest.raises(EvaluationError, match=r'^Ray: EvaluationError: on .* would be others: weights was "other"'):
+            pool.run(replace(subject, weights="other"), ASKED, tmp_path / "other", **how)
+
+
+def test_a_killed_driver_goes_on(alone, tmp_path):
+    command = ["eval", "--task", "pico", "--limit", "16", "--batch-size", "2", "--max-new-tokens", "4"]
+    rows = tmp_path / "out/rows.jsonl"
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "vlmflow", *command, "--device", "cpu", "--engine", "ray", "--out", rows.parent],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while driver.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 2):
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    assert not (rows.parent / "summary.json").exists()
+    began = []
+    run(load("pico"), ASKED, rows.parent, batch_size=2, progress=lambda done, *_: began.append(done))
+    assert 2 <= began[0] < 16
+    assert files(rows.parent) == files(alone)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"workers": 1, "gpus": -1}, "GPUs a worker must be 0 or more, got -1"),
+        ({"workers": 1, "address": "127.0.0.1:1"}, r"no Ray cluster answers at 127.0.0.1:1 \(Connection refused\)"),
+        ({"workers": 1, "address": "ray://127.0.0.1:1"}, "address is auto or host:port"),
+        ({"workers": 1, "address": "auto"}, "Could not find any running Ray instance"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_pools_that_cannot_be(args, says, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(EvaluationError, match=says), connected(PICO, **args):
+        pass
+
+
+def test_a_cluster_that_is_too_small(monkeypatch):
+    there = {"CPU": 8.0, "GPU": 1.0}
+    monkeypatch.setattr(ray, "init", lambda *args, **fields: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    with pytest.raises(EvaluationError, match="2 workers need 2 GPUs; the cluster has 1"), connected(PICO, 2):
+        pass
+    with connected(PICO, 2, gpus=0.5) as pool:
+        assert pool.gpus == 0.5
+    there.pop("GPU")
+    with pytest.raises(EvaluationError, match="9 workers need 9 CPUs; the cluster has 8"), connected(PICO, 9):
+        pass
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    args = ["eval", "--task", "pico", "--limit", "1", "--engine", "ray", "--out", str(tmp_path)]
+    made = CliRunner().invoke(app, args)
+    assert made.exit_code == 2
+    assert made.stderr.strip() == 'vlmflow: Ray is not installed: pip install "vlmflow[ray]"'

@@ -1,0 +1,54 @@
+"""Evaluations by the processes of one torchrun, stopped and started again: the files end as one process writes them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vlmflow.evaluate.budgets import for_task
+from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.models import load
+from vlmflow.tasks import TASKS
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmflow"]
+EVAL = ["eval", "--task", "pico", "--limit", "17", "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
+
+
+def files(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "summary.json").read_bytes(), (folder / "rows.jsonl").read_bytes()
+
+
+def launch(*args) -> subprocess.Popen:
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*LAUNCH, *map(str, args)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+
+
+def test_two_processes_write_what_one_does(tmp_path):
+    out = tmp_path / "out"
+    rows = out / "rows.jsonl"
+    first = launch(*EVAL, "--out", out)
+    while first.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 2):
+        time.sleep(0.01)
+    first.terminate()
+    assert first.wait() != 0
+    assert not (out / "summary.json").exists()
+    held = rows.read_bytes().count(b"\n")
+    second = launch(*EVAL, "--out", out)
+    said, notes = second.communicate()
+    assert second.returncode == 0, notes
+    assert said.count("accuracy") == 1
+    asked = Evaluation(TASKS["pico"], *for_task("himap", {}, "qa", 10), limit=17, max_new_tokens=4)
+    run(load("pico", device="cpu"), asked, tmp_path / "alone", batch_size=2)
+    assert 2 <= held < 17
+    assert files(out) == files(tmp_path / "alone")
+    finished = launch(*EVAL, "--out", out)
+    assert "accuracy" in finished.communicate()[0]
+    assert finished.returncode == 0
+    assert files(out) == files(tmp_path / "alone")
+
+
+def test_what_one_process_does_is_refused(tmp_path):
+    refused = launch("sweep", "--task", "pico", "--out", tmp_path / "out")
+    assert "sweep runs in one process" in refused.communicate()[1]
+    assert refused.returncode != 0
