@@ -15,7 +15,7 @@ FLOORS = [  # a room may import those below it, and its own floor
     {"cost"},
     {"pruners", "published"},
     {"engine"},
-    {"flow", "models"},
+    {"flow", "models", "synthetic"},
     {"ask", "tasks", "latency"},
     {"evaluate"},
     {"experiments"},

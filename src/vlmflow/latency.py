@@ -129,9 +129,9 @@ def compare(
     request: Request,
     pruners: Mapping[str, Pruner],
     repeats: int,
-    each: Callable[[], object] = lambda: None,
+    each: Callable[[str], object] = lambda _: None,
 ) -> Comparison:
-    """Measure methods on a request, beside the bare model; ``each`` is called after every run.
+    """Measure methods on a request, beside the bare model; ``each`` is called after every run with its method's name.
 
     The first round warms up and is not counted. ``none`` runs with nothing attached.
     """
@@ -142,7 +142,7 @@ def compare(
             timing = run(model, request, pruner)
             if number:
                 runs[name].append(timing)
-            each()
+            each(name)
     traces = {name: read(model, request, pruner) for name, pruner in pruners.items()}
     methods = {
         name: Latency.of(pruner, promised_speedup(traces[name]), runs["none"], runs[name])
@@ -158,7 +158,7 @@ def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
     stamps: list[float] = []
 
     def stamp(*_: object) -> None:
-        _synchronize(device)
+        synchronize(device)
         stamps.append(time.perf_counter())
 
     decoder = Target.find(model).text
@@ -258,6 +258,7 @@ def _resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

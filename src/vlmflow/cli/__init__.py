@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmflow import __version__
+from vlmflow.cli.bench import bench
 from vlmflow.cli.cost import cost
 from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.flow import flow
@@ -22,7 +23,7 @@ app = typer.Typer(
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
 app.command("eval")(evaluate)
-for command in (demo, run, cost, sweep, report, pruners, models):
+for command in (demo, run, cost, bench, sweep, report, pruners, models):
     app.command()(command)
 app.add_typer(flow, name="flow")
 

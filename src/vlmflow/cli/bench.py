@@ -92,7 +92,7 @@ def bench(
     with Progress(console=notes, transient=True) as progress:
         bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
         for request in requests:
-            found = compare(subject, request, methods, repeats, each=lambda: progress.advance(bar))
+            found = compare(subject, request, methods, repeats, each=lambda _: progress.advance(bar))
             point = {"batch": len(found.image_tokens), "new_tokens": request.new_tokens, **asdict(found)}
             points.append(point)
             print_point(request, found)

@@ -36,7 +36,7 @@ STAGES = (
     Stage("all", 56, (1, 3), 700, 32, 8, questions=(8, 4), decay=0.2),
     Stage("more", 96, (1, 5), 274, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
     Stage("letters", 56, (1, 3), 500, 16, 4, questions=(3, 13), decay=0.2),
-    Stage("options", 56, (1, 3), 400, 16, 4, questions=(4, 12)),
-    Stage("wide", 192, (1, 6), 300, 8, 2, questions=(12, 10), muon_rate=0.015, adam_rate=1.5e-3, easy_vqa=8),
-    Stage("full", 192, (2, 12), 1500, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
+    Stage("options", 56, (1, 3), 400, 16, 4, questions=(5, 11), muon_rate=0.01, adam_rate=1e-3, decay=0.7),
+    Stage("wide", 192, (1, 6), 300, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, easy_vqa=8),
+    Stage("full", 192, (2, 12), 1100, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
 )

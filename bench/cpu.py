@@ -1,0 +1,62 @@
+"""Speed on a processor: prefill, decoding and the authors' protocol, each method beside the unpruned run.
+
+    python bench/cpu.py                    # all stages; under 20 minutes on two cores
+    python bench/cpu.py decode --dry       # one stage, at a size of seconds
+
+Models have random weights at true widths, and layers that share one set of them: the same arithmetic in a fraction of
+the memory. ``bench/report.py`` turns the JSON files into the tables and the picture of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import stages
+import torch
+
+from vlmflow.geometry import Geometry
+
+NARROW = Geometry(hidden=1024, intermediate=2816, layers=16, heads=16, kv_heads=16, head_dim=64, vocab=32064)
+
+
+def prefill(dry: bool, name: str, dtype: torch.dtype, every: bool) -> dict[str, Any]:
+    """576 image and 60 text tokens; beside HiMAP, what the engine costs when it drops nothing, and bare layers."""
+    model = stages.subject(name, dry, dtype)
+    layers = len(model.model.language_model.layers)
+    pruners = stages.methods(layers)
+    chosen = {"keep all": stages.keep_all(layers)} | (pruners if every else {"himap": pruners["himap"]})
+    point = stages.measure(model, chosen, 576, batch=1, repeats=2, bare=True, dry=dry)
+    return stages.described(model) | {"name": name, "points": [point]}
+
+
+def decode(dry: bool) -> dict[str, Any]:
+    """Time per token after the first, where the cache is short and where it is long."""
+    model = stages.subject(NARROW, dry, torch.bfloat16)
+    pruners = stages.methods(len(model.model.language_model.layers))
+    points = [
+        stages.measure(model, pruners, image_tokens, batch, repeats=3, new_tokens=32, dry=dry)
+        for image_tokens, batch in ((576, 1), (576, 8), (2880, 1), (2880, 4))
+    ]
+    return stages.described(model) | {"points": points}
+
+
+def protocols(dry: bool) -> dict[str, Any]:
+    """An answer of 64 tokens as models are deployed, and as the authors' script runs, on the same weights."""
+    points = []
+    for protocol, attn in (("deployed", "sdpa"), ("paper", "eager")):
+        model = stages.subject(NARROW, dry, torch.float32, attn)
+        pruners = {"himap": stages.methods(len(model.model.language_model.layers))["himap"]}
+        points.append(stages.measure(model, pruners, 576, 1, repeats=2, new_tokens=64, protocol=protocol, dry=dry))
+    return stages.described(model) | {"points": points}
+
+
+STAGES = {
+    "prefill-7b-bfloat16": lambda dry: prefill(dry, "llava-1.5-7b", torch.bfloat16, every=True),
+    "prefill-7b-float32": lambda dry: prefill(dry, "llava-1.5-7b", torch.float32, every=False),
+    "prefill-13b-bfloat16": lambda dry: prefill(dry, "llava-1.5-13b", torch.bfloat16, every=False),
+    "decode": decode,
+    "protocols": protocols,
+}
+
+if __name__ == "__main__":
+    stages.main("cpu", STAGES, __doc__ or "")

@@ -1,0 +1,132 @@
+"""What the benchmarks of this folder share: stages that measure, run one by one, each writing one JSON file.
+
+A stage returns a record in JSON's own types. A dry run is the same code at a size of seconds, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmflow.evaluate.folder import versions, write_json
+from vlmflow.geometry import GEOMETRIES, Geometry
+from vlmflow.latency import Protocol, Request, compare, machine, synchronize
+from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
+from vlmflow.synthetic import random_model, random_prompt
+
+TINY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=4, head_dim=16, vocab=300)
+SIDE = 24  # of an image, in tokens: 576
+SHRINK = 6  # of that side in a dry run
+FOLDER = Path(__file__).parents[1] / "docs" / "performance"
+TEXT = 60
+
+
+def subject(
+    geometry: Geometry | str,
+    dry: bool,
+    dtype: torch.dtype,
+    attn: str = "sdpa",
+    device: str = "cpu",
+    shared: bool = True,
+) -> Any:
+    """A random model at a geometry's widths, on images of 576 tokens; in a dry run a tiny one."""
+    widths = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
+    widths, side = (TINY, SIDE // SHRINK) if dry else (widths, SIDE)
+    return random_model(widths, side, share_weights=shared, dtype=dtype, device=device, attn=attn)
+
+
+def described(model: Any) -> dict[str, Any]:
+    """What was measured, and where."""
+    text = model.config.text_config
+    widths = f"{text.num_hidden_layers} layers, {text.hidden_size} wide"
+    return {"geometry": widths, "dtype": str(model.dtype).removeprefix("torch."), "machine": machine(model.device)}
+
+
+def methods(layers: int) -> dict[str, Pruner]:
+    """Each method's published defaults at a depth."""
+    return {
+        name: cls.scaled(layers)
+        for name, cls in (("himap", HiMAP), ("fastv", FastV), ("vtw", VTW), ("pyramiddrop", PyramidDrop))
+    }
+
+
+def keep_all(layers: int) -> HiMAP:
+    """HiMAP that drops nothing: what the engine itself costs, ranking included."""
+    preset = HiMAP.scaled(layers)
+    return HiMAP(k1=preset.k1, r1=0.0, k2=preset.k2, r2=0.0)
+
+
+def bare_layers(model: Any, schedule: Sequence[int], text_tokens: int, batch: int) -> float:
+    """Seconds of the decoder layers called one after the other on fewer rows: pruning without an engine."""
+    decoder, device = model.model.language_model, model.device
+    states = torch.randn(batch, schedule[0] + text_tokens, model.config.text_config.hidden_size, device=device)
+    states, positions = states.to(model.dtype), torch.arange(states.shape[1], device=device)[None]
+    tables = decoder.rotary_emb(states, positions)
+    synchronize(device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for layer, image_tokens in zip(decoder.layers, schedule, strict=True):
+            rows = image_tokens + text_tokens
+            layer(states[:, :rows], position_embeddings=tuple(table[:, :rows] for table in tables))
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(
+    model: Any,
+    pruners: Mapping[str, Pruner],
+    image_tokens: int,
+    batch: int,
+    repeats: int,
+    new_tokens: int = 1,
+    protocol: Protocol = "deployed",
+    bare: bool = False,
+    dry: bool = False,
+) -> dict[str, Any]:
+    """Methods on one batch of random prompts, interleaved with each other and, if ``bare``, with bare layers."""
+    if dry:
+        image_tokens, new_tokens, repeats = image_tokens // SHRINK**2, min(new_tokens, 3), 1
+    layers = len(model.model.language_model.layers)
+    pruners = {"none": Unpruned()} | dict(pruners)
+    alone: dict[str, list[float]] = {name: [] for name in pruners}
+
+    def beside(name: str) -> None:
+        if bare:
+            schedule = pruners[name].schedule(layers, image_tokens)
+            alone[name].append(bare_layers(model, schedule, TEXT, batch))
+
+    request = Request(random_prompt(model, image_tokens, TEXT, batch), new_tokens, protocol)
+    found = asdict(compare(model, request, pruners, repeats, each=beside))
+    if bare:
+        found["bare_seconds"] = {name: statistics.median(taken[1:]) for name, taken in alone.items()}
+    setting = {"batch": batch, "image_tokens": image_tokens, "new_tokens": new_tokens, "protocol": protocol}
+    return setting | {"repeats": repeats} | found
+
+
+def main(name: str, stages: Mapping[str, Callable[[bool], dict[str, Any]]], about: str) -> None:
+    """Run the stages that were asked for; each writes ``NAME-STAGE.json``, whole or not at all."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(stages)}; default: all")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON files")
+    parser.add_argument("--dry", action="store_true", help="the same code at a size of seconds, on any machine")
+    options = parser.parse_args()
+    unknown = [stage for stage in options.stages if stage not in stages]
+    if unknown:
+        parser.error(f"unknown stage {unknown[0]}; choose from {', '.join(stages)}")
+    for stage in options.stages or stages:
+        print(f"{name} {stage} ...", flush=True)
+        start = time.perf_counter()
+        record = stages[stage](options.dry)
+        record |= {"command": " ".join(["python", f"bench/{name}.py", stage]), "dry": options.dry}
+        record |= {"versions": versions(), "seconds": round(time.perf_counter() - start, 1)}
+        write_json(options.out / f"{name}-{stage}.json", record)
+        print(f"{name} {stage}: {record['seconds']} s, wrote {options.out / f'{name}-{stage}.json'}", flush=True)
+        gc.collect()

@@ -1,0 +1,70 @@
+"""The benchmarks run, at a size of seconds, and the page of figures says what their files say."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Import a script of the folder."""
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def files(bench, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("performance")
+    cpu = bench("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cpu.py", "--dry", "--out", str(folder)])
+        bench("stages").main("cpu", cpu.STAGES, cpu.__doc__)
+    return folder
+
+
+def test_every_stage_writes_its_file(bench, files):
+    assert {path.stem for path in files.iterdir()} == {f"cpu-{stage}" for stage in bench("cpu").STAGES}
+    record = json.loads((files / "cpu-prefill-7b-bfloat16.json").read_text())
+    assert record["dtype"] == "bfloat16"
+    (point,) = record["points"]
+    assert list(point["methods"]) == ["none", "keep all", "himap", "fastv", "vtw", "pyramiddrop"]
+    assert point["methods"]["none"]["promised"] == 1
+    assert point["methods"]["keep all"]["promised"] < 1 < point["methods"]["himap"]["promised"]
+    assert min(point["bare_seconds"].values()) > 0
+
+
+def test_a_dry_run_is_no_result(bench, files):
+    page = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in bench("report").BLOCKS)
+    filled = bench("report").filled(page, files)
+    assert "old" not in filled
+    assert filled.count("Never run") == len(bench("report").BLOCKS)
+
+
+def test_the_page_is_written_from_the_files(bench, files, tmp_path):
+    report = bench("report")
+    for path in files.iterdir():
+        record = json.loads(path.read_text())
+        (tmp_path / path.name).write_text(json.dumps(record | {"dry": False}))
+    record = json.loads((tmp_path / "cpu-decode.json").read_text())
+    himap = record["points"][0]["methods"]["himap"]
+    himap["seconds"]["tpot"], himap["speedup"]["tpot"] = 0.0123, {"value": 1.5, "low": 1.4, "high": 1.6}
+    (tmp_path / "cpu-decode.json").write_text(json.dumps(record))
+    page = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
+    filled = report.filled(page, tmp_path)
+    assert "| himap | 12.3 ms | 1.50 (1.40 to 1.60) |" in filled
+    assert "`python bench/cpu.py decode`" in filled
+    assert report.filled(filled, tmp_path) == filled
+    with pytest.raises(SystemExit, match="must have one block"):
+        report.filled(page.replace("<!-- end cpu-decode -->", ""), tmp_path)
+
+
+def test_the_page_in_the_documentation_is_up_to_date(bench):
+    report = bench("report")
+    page = report.PAGE.read_text()
+    assert report.filled(page, report.PAGE.with_suffix("")) == page
