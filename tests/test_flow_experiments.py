@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from vlmflow import attach, plots
 from vlmflow.cli import app
 from vlmflow.evaluate.folder import EvaluationError
-from vlmflow.experiments import runner
+from vlmflow.experiments import knockout, runner
 from vlmflow.experiments.knockout import ByWindow
 from vlmflow.experiments.rows import read
 from vlmflow.experiments.runner import Study, blank, encode, run
@@ -128,10 +128,27 @@ def test_knockout_rows_are_what_knockouts_leave(vlm, questions, tmp_path):
     assert lost == pytest.approx(1 - np.mean(left))
 
 
+def test_the_control_is_drawn_from_the_seed(vlm, questions, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        knockout, "random_positions", lambda layout, seed: (seeds.append(seed), random_positions(layout, seed=seed))[1]
+    )
+    run(vlm, replace(study(questions, ByWindow((9,), 1)), seed=3), tmp_path / "out")
+    assert seeds == [3] * 6  # three samples at both ends
+
+
 def test_a_blank_picture_has_the_size_and_shows_nothing():
     (made,) = blank([Image.open(SCENES[0].image).resize((30, 20))])
     assert made.size == (30, 20)
     assert made.getcolors() == [(600, (224, 224, 224))]
+
+
+def test_samples_are_first_asked_about_a_blank_picture(vlm, questions, tmp_path, monkeypatch):
+    encoded, encode_ = [], VLM.encode
+    monkeypatch.setattr(VLM, "encode", lambda self, asked: (encoded.extend(asked), encode_(self, asked))[1])
+    run(vlm, study(questions, ByLayer()), tmp_path / "out")
+    is_blank = [len(question.images[0].getcolors(1 << 16)) == 1 for question in encoded]
+    assert is_blank == [True, False] * 2 + [True] + [True, False]  # the third needs no image, and is dropped
 
 
 # -- going on
@@ -313,7 +330,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
     assert files(tmp_path / "out") == before
     refused = vlmflow(*args, "--seed", "7")
     assert refused.exit_code == 2
-    assert re.fullmatch(r"vlmflow: .* seed was 0, is 7\. Take another folder for this one\n", refused.stderr)
+    assert re.fullmatch(r"vlmflow: .* seed was 0, is 7\. Take another folder for this one", refused.stderr.strip())
     assert files(tmp_path / "out") == before
 
 
