@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmflow.evaluate.folder import write_text
+from vlmflow.plots import Promise, promises
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NEVER = "Never run: no result file. `{command}` makes it."
@@ -108,6 +109,31 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def picture(folder: Path, path: Path) -> None:
+    """Theory against measurement: prefill by exact FLOPs, decoding by the bytes that a token reads, the cache."""
+    prefills: list[Promise] = []
+    decodes: list[Promise] = []
+    caches: list[Promise] = []
+    for name in BLOCKS:
+        record = load(folder, name)
+        for point in record["points"] if record else ():
+            none = point["methods"]["none"]
+            for method, one in point["methods"].items():
+                if point["protocol"] != "deployed" or method == "none":
+                    continue
+                prefills.append(Promise(method, one["promised"], **one["speedup"]["prefill"]))
+                if "tpot" in one["speedup"]:
+                    weights = record["weight_bytes"]
+                    promised = (weights + none["kv_bytes"]) / (weights + one["kv_bytes"])
+                    decodes.append(Promise(method, promised, **one["speedup"]["tpot"]))
+                measured = none["kv_bytes"] / one["kv_bytes"]
+                promised = point["kv_promised"]["none"] / point["kv_promised"][method]
+                caches.append(Promise(method, promised, measured, measured, measured))
+    panels = {"prefill, times as fast": prefills, "a token, times as fast": decodes, "KV cache, times as small": caches}
+    if panels := {label: panel for label, panel in panels.items() if panel}:
+        promises(path, panels, "What theory promises, and what was measured")
+
+
 def filled(page: str, folder: Path) -> str:
     """The page with every block written anew."""
     for name, render in BLOCKS.items():
@@ -127,6 +153,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--folder", type=Path, default=PAGE.with_suffix(""), help="the JSON files")
     options = parser.parse_args()
+    picture(options.folder, options.folder / "promises.png")
     write_text(options.page, filled(options.page.read_text(), options.folder))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vlmflow.cost import kv_bytes
 from vlmflow.evaluate.folder import versions, write_json
 from vlmflow.geometry import GEOMETRIES, Geometry
 from vlmflow.latency import Protocol, Request, compare, machine, synchronize
@@ -44,10 +45,12 @@ def subject(
 
 
 def described(model: Any) -> dict[str, Any]:
-    """What was measured, and where."""
-    text = model.config.text_config
+    """What was measured, and where; ``weight_bytes`` are those that decoding a token reads."""
+    text, layers = model.config.text_config, model.model.language_model.layers
     widths = f"{text.num_hidden_layers} layers, {text.hidden_size} wide"
-    return {"geometry": widths, "dtype": str(model.dtype).removeprefix("torch."), "machine": machine(model.device)}
+    read = sum(weight.nbytes for layer in layers for weight in layer.parameters()) + model.lm_head.weight.nbytes
+    described = {"geometry": widths, "dtype": str(model.dtype).removeprefix("torch."), "weight_bytes": read}
+    return described | {"machine": machine(model.device)}
 
 
 def methods(layers: int) -> dict[str, Pruner]:
@@ -107,6 +110,13 @@ def measure(
     found = asdict(compare(model, request, pruners, repeats, each=beside))
     if bare:
         found["bare_seconds"] = {name: statistics.median(taken[1:]) for name, taken in alone.items()}
+    geometry, width = Geometry.from_config(model.config), model.dtype.itemsize
+    if protocol == "deployed":
+        schedules = {name: pruner.schedule(layers, image_tokens) for name, pruner in pruners.items()}
+        found["kv_promised"] = {
+            name: batch * sum(kv_bytes(geometry, schedule, TEXT, decoded=new_tokens - 1, dtype_bytes=width))
+            for name, schedule in schedules.items()
+        }
     setting = {"batch": batch, "image_tokens": image_tokens, "new_tokens": new_tokens, "protocol": protocol}
     return setting | {"repeats": repeats} | found
 

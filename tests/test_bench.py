@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -60,6 +61,9 @@ def test_the_page_is_written_from_the_files(bench, files, tmp_path):
     assert "| himap | 12.3 ms | 1.50 (1.40 to 1.60) |" in filled
     assert "`python bench/cpu.py decode`" in filled
     assert report.filled(filled, tmp_path) == filled
+    report.picture(tmp_path, tmp_path / "promises.png")
+    with Image.open(tmp_path / "promises.png") as picture:
+        picture.load()
     with pytest.raises(SystemExit, match="must have one block"):
         report.filled(page.replace("<!-- end cpu-decode -->", ""), tmp_path)
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 _WIDTH = 2.2  # inches that one picture takes
@@ -120,6 +121,38 @@ def pareto(
     axes[0].set_ylabel(f"{figure_name} (95 % intervals)")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=9)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What theory promised a method, and what was measured with its interval; how many times as fast, or as small."""
+
+    method: str
+    promised: float
+    value: float
+    low: float
+    high: float
+
+
+def promises(path: Path, panels: Mapping[str, Sequence[Promise]], title: str) -> None:
+    """Draw measurements against what theory promised, a panel each: on the diagonal a promise was kept."""
+    figure = Figure(figsize=(3.8 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    names = list(dict.fromkeys(promise.method for panel in panels.values() for promise in panel))
+    for axis, (label, panel) in zip(axes, panels.items(), strict=True):
+        ends = [x for promise in panel for x in (promise.promised, promise.low, promise.high)]
+        low, high = min([1.0, *ends]) * 0.95, max([1.0, *ends]) * 1.05
+        axis.plot([low, high], [low, high], color="0.5", linewidth=1, linestyle=":", zorder=1)
+        for promise in panel:
+            number = names.index(promise.method)
+            axis.vlines(promise.promised, promise.low, promise.high, color=_COLOURS[number], linewidth=1.2, alpha=0.6)
+            axis.plot(promise.promised, promise.value, _MARKERS[number], color=_COLOURS[number], markersize=6)
+        axis.set(xlabel=f"{label}: promised", ylabel="measured", xlim=(low, high), ylim=(low, high))
+        axis.grid(alpha=0.25)
+    looks = [Line2D([], [], color=_COLOURS[n], marker=_MARKERS[n], linestyle="", label=m) for n, m in enumerate(names)]
+    figure.legend(handles=looks, loc="outside lower center", ncols=len(names), fontsize=9)
+    figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 
