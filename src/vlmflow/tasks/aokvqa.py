@@ -22,7 +22,7 @@ def load(source: Source) -> Iterator[Sample]:
     """
     if source.path is None:
         for row in read_hub(HUB, source):
-            yield _official(row)
+            yield from_hub(row)
         return
     path = find_file(source.path, f"aokvqa_v1p0_{source.split or 'val'}.json")
     if path.suffix == ".tsv":
@@ -34,10 +34,11 @@ def load(source: Source) -> Iterator[Sample]:
     for row in read_list(path):
         folders = [above, above / f"{row.text('split')}2017"]
         picture = row.image_in(folders, f"{row.number('image_id'):012}.jpg")
-        yield _official(Row(row.origin, row.fields, picture))
+        yield from_hub(Row(row.origin, row.fields, picture))
 
 
-def _official(row: Row) -> Sample:
+def from_hub(row: Row) -> Sample:
+    """A row of the hub's data set, or of the official file."""
     choices = row.texts("choices")
     if row.fields.get("correct_choice_idx") is None:
         raise TaskError(f"{row.origin}: no 'correct_choice_idx'; the test split has no public answers")

@@ -25,7 +25,7 @@ def load(source: Source) -> Iterator[Sample]:
     """
     if source.path is None:
         for row in read_hub(HUB, source, image_name="filename"):
-            yield Sample(row.text("img_id"), (row.image(),), references=row.texts("caption"), origin=row.origin)
+            yield from_hub(row)
         return
     path = find_file(source.path, "dataset_flickr30k.json")
     whole = read_json(path)
@@ -41,6 +41,11 @@ def load(source: Source) -> Iterator[Sample]:
                 references=tuple(sentence.text("raw") for sentence in row.rows("sentences")),
                 origin=row.origin,
             )
+
+
+def from_hub(row: Row) -> Sample:
+    """A row of the hub's data set."""
+    return Sample(row.text("img_id"), (row.image(),), references=row.texts("caption"), origin=row.origin)
 
 
 FLICKR30K = Task(

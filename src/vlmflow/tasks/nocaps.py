@@ -22,8 +22,7 @@ def load(source: Source) -> Iterator[Sample]:
     """
     if source.path is None:
         for row in read_hub(HUB, source, image_name="image_file_name"):
-            said = row.texts("annotations_captions")
-            yield Sample(row.text("image_id"), (row.image(),), references=said, origin=row.origin)
+            yield from_hub(row)
         return
     path = find_file(source.path, "nocaps_val_4500_captions.json")
     whole = read_json(path)
@@ -45,6 +44,12 @@ def load(source: Source) -> Iterator[Sample]:
             group=row.text("domain", ""),
             origin=row.origin,
         )
+
+
+def from_hub(row: Row) -> Sample:
+    """A row of the hub's data set."""
+    said = row.texts("annotations_captions")
+    return Sample(row.text("image_id"), (row.image(),), references=said, origin=row.origin)
 
 
 NOCAPS = Task(

@@ -29,8 +29,7 @@ def load(source: Source) -> Iterator[Sample]:
     """
     if source.path is None:
         for row in read_hub(HUB, source, image_name="image_source"):
-            group = row.text("category")
-            yield _sample(row, f"{group}/{row.text('row')}", "question", "answer", group)
+            yield from_hub(row)
         return
     if existing(source.path).suffix == ".tsv":
         for row in read_tsv(source.path):
@@ -51,6 +50,12 @@ def load(source: Source) -> Iterator[Sample]:
             picture = row.image_in([above, above / "val2014"], row.text("image"))
             found = Row(row.origin, row.fields, picture)
             yield _sample(found, f"{group}/{row.text('question_id')}", "text", "label", group)
+
+
+def from_hub(row: Row) -> Sample:
+    """A row of the hub's data set."""
+    group = row.text("category")
+    return _sample(row, f"{group}/{row.text('row')}", "question", "answer", group)
 
 
 def _sample(row: Row, key: str, question: str, answer: str, group: str) -> Sample:

@@ -24,8 +24,7 @@ def load(source: Source) -> Iterator[Sample]:
     if source.path is None:
         for row in read_hub(HUB, source):
             if row.picture:
-                choices = row.texts("choices")
-                yield _sample(row, row.text("row"), choices, row.letter("answer", len(choices)))
+                yield from_hub(row)
         return
     path = find_file(source.path, "problems.json", "himap-inference-MCQ.json")
     if path.suffix == ".tsv":
@@ -47,6 +46,12 @@ def load(source: Source) -> Iterator[Sample]:
     for row in read_list(path):
         picture = row.image_in(folders, row.text("image"))
         yield _from_conversation(Row(row.origin, row.fields, picture))
+
+
+def from_hub(row: Row) -> Sample:
+    """A row of the hub's data set."""
+    choices = row.texts("choices")
+    return _sample(row, row.text("row"), choices, row.letter("answer", len(choices)))
 
 
 def _sample(row: Row, key: str, choices: tuple[str, ...], answer: str) -> Sample:
