@@ -101,7 +101,7 @@ def evaluate(
         samples = _samples(chosen, where, prompt_style, rule, limit)
     from vlmflow.evaluate.budgets import for_task
     from vlmflow.evaluate.on_ray import Loading, connected
-    from vlmflow.evaluate.on_torchrun import Ranks
+    from vlmflow.evaluate.on_torchrun import Ranks, own_accelerator
     from vlmflow.evaluate.runner import Evaluation, mark, run, write_requests
 
     def asked(n_layers: int) -> Evaluation:
@@ -116,7 +116,7 @@ def evaluate(
                 evaluation = asked(subject.layers)
                 summary = pool.run(subject, evaluation, out_dir, **how)
         elif (ranks := Ranks.launched()) is not None:
-            vlm = load_model(model, device or ranks.device, dtype)
+            vlm = load_model(model, device or own_accelerator(), dtype)
             evaluation = asked(vlm.n_layers)
             summary = ranks.run(vlm, evaluation, out_dir, **how)
         else:

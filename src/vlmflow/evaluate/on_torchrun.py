@@ -27,6 +27,12 @@ from vlmflow.tasks import Sample
 LONGEST_SHARD = timedelta(days=7)  # the store gives up after minutes, else; a rank that died is torchrun's to notice
 
 
+def own_accelerator() -> str | None:
+    """The accelerator of this process among several on a machine; None where it is alone, or there is none."""
+    kind = torch.accelerator.current_accelerator()
+    return f"{kind.type}:{os.environ['LOCAL_RANK']}" if kind and "LOCAL_RANK" in os.environ else None
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that torchrun started."""
@@ -43,12 +49,6 @@ class Ranks:
         store, rank, size = next(rendezvous("env://"))
         store.set_timeout(LONGEST_SHARD)
         return cls(rank, size, store)
-
-    @property
-    def device(self) -> str | None:
-        """This process's own accelerator, None where there is none."""
-        kind = torch.accelerator.current_accelerator()
-        return kind and f"{kind.type}:{os.environ['LOCAL_RANK']}"
 
     def run(
         self,
