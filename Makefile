@@ -26,6 +26,16 @@ compat: $(COMPAT:%=compat-%)  ## the engine's laws on the oldest, a middle and t
 compat-%: $(VENV)-compat-%/.installed
 	$(<D)/bin/python -m pytest -n auto --dist worksteal $(LAWS)
 
+lmms: $(VENV)-lmms/.installed  ## that lmms-eval measures what our runner does, in an environment of its own
+	$(<D)/bin/python -m pytest tests/test_lmms.py
+
+# lmms-eval brings a torchvision for CUDA, which cannot be imported beside a torch for the CPU; nothing here needs it
+$(VENV)-lmms/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable ".[lmms-eval]" beartype datasets pytest pytest-timeout
+	$(@D)/bin/python -c "import torchvision" 2>/dev/null || $(@D)/bin/pip uninstall --quiet --yes torchvision
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -43,4 +53,4 @@ bench: $(VENV)/.installed  ## the speed of pruning on this processor, and docs/p
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf $(VENV) $(COMPAT:%=$(VENV)-compat-%) build dist
+	rm -rf $(VENV) $(VENV)-lmms $(COMPAT:%=$(VENV)-compat-%) build dist

@@ -19,7 +19,7 @@ FLOORS = [  # a room may import those below it, and its own floor
     {"ask", "tasks", "latency"},
     {"evaluate"},
     {"experiments"},
-    {"plots"},
+    {"plots", "lmms"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
