@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vlmflow.pico import evaluate, export, train
+from vlmflow.pico import export, train
 from vlmflow.pico.curriculum import STAGES, Stage
-from vlmflow.pico.questions import KINDS
 from vlmflow.pico.train import Progress, Run, means, rate_share
 
 ALIGN = Stage("align", 48, (1, 2), steps=6, scenes=4, part=2, muon_rate=0.03, adam_rate=1.5e-3)
@@ -108,17 +107,3 @@ def test_means_of_reports():
     report |= {"naming": 3.0, "namings": 2, "object": 1.0, "color": 1.0, "centre": 1.0}
     row = means(report)
     assert (row["naming"], row["loss"], row["count"]) == (1.5, 0.25, 0.25)
-
-
-def test_scores_have_wilson_intervals():
-    row = evaluate.Score(80, 100).row()
-    assert (row["accuracy"], row["low"], row["high"]) == (0.8, 0.7112, 0.8666)  # R: binom::binom.wilson(80, 100)
-
-
-def test_the_evaluation_asks_every_kind_and_blanks_the_picture():
-    items = list(evaluate.scene_items("held_out", 3))
-    assert {item.question.kind for item in items} <= set(KINDS)
-    assert len(items) > 3 * 10
-    blanked = list(evaluate.blank(items))
-    assert [item.question for item in blanked] == [item.question for item in items]
-    assert all(len(item.image.getcolors()) == 1 for item in blanked)

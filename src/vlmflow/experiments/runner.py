@@ -18,6 +18,7 @@ from torch import Tensor
 from vlmflow.engine import attach
 from vlmflow.evaluate.folder import SUMMARY, EvaluationError, Row, claim, write_json, write_text
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
+from vlmflow.evaluate.score_card import GREY
 from vlmflow.experiments.means import Means
 from vlmflow.experiments.rows import Finding, append, put_in_order, read
 from vlmflow.experiments.verdict import numbers
@@ -28,7 +29,6 @@ from vlmflow.pruners import Unpruned
 from vlmflow.tasks import Sample, Source, Task
 
 VERDICT = "verdict.md"
-GREY = (224, 224, 224)  # as in pico's own score card
 
 Progress = Callable[[int, int, Row | None], None]  # samples done, of how many, and which came; None to begin
 

@@ -1,0 +1,124 @@
+"""The embedded model's score card, by kind of question: `python -m vlmflow.evaluate.score_card`.
+
+Four sets are scored: held-out scenes; scenes of object-colour pairs that training never showed; easy-vqa's test split;
+and the held-out questions again about a blank grey picture, which shows what can be guessed without sight. Rows lie in
+a folder, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+from rich.progress import Progress
+
+from vlmflow.evaluate.folder import Folder, versions, write_json
+from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.models import VLM, load
+from vlmflow.pico import MODEL_DIR, checksum
+from vlmflow.pruners import Unpruned
+from vlmflow.tasks import TASKS, Outcome, Picture, Sample, Source, Task
+
+GREY = (224, 224, 224)
+GROUPS = {
+    "existence": ("exist_random", "exist_popular", "exist_adversarial", "exist_pair", "exist_colour"),
+    "multiple choice": ("choice_colour", "choice_identity", "choice_position", "choice_knowledge"),
+    "colour and position": ("colour", "position"),
+}
+
+
+def blank(sample: Sample) -> Sample:
+    """The same question about nothing."""
+    return replace(sample, images=tuple(Picture(f"{one.name} blank", nothing) for one in sample.images))
+
+
+def nothing() -> Image.Image:
+    """A grey picture."""
+    return Image.new("RGB", (192, 192), GREY)
+
+
+def of_first_pictures(samples: Sequence[Sample], pictures: int) -> list[Sample]:
+    """All questions about the first pictures."""
+    first = list(dict.fromkeys(sample.images[0].name for sample in samples))[:pictures]
+    wanted = set(first)
+    return [sample for sample in samples if sample.images[0].name in wanted]
+
+
+def sets(pictures: int) -> Iterator[tuple[str, Task, Source, list[Sample]]]:
+    """What is scored: a set's name, the task and source of its samples, the samples."""
+    for title, names, source in (
+        ("held-out scenes", ("pico", "pico_captions"), Source(split="held_out")),
+        ("new pairs", ("pico", "pico_captions"), Source(split="new_pairs")),
+        ("easy-vqa test", ("easy_vqa",), Source()),
+        ("held-out questions, blank picture", ("pico", "pico_captions"), Source(split="held_out")),
+    ):
+        for name in names:
+            samples = of_first_pictures(TASKS[name].samples(source), pictures)
+            yield title, TASKS[name], source, [blank(one) for one in samples] if "blank" in title else samples
+
+
+def by_kind(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The task's figure of every kind of question, of every group of kinds, and of all."""
+    kinds = {kind: (kind,) for kind in dict.fromkeys(outcome.sample.group for outcome in outcomes)}
+    kinds |= {group: members for group, members in GROUPS.items() if kinds.keys() & set(members)}
+    kinds |= {"all": tuple(kinds)} if len(kinds) > 1 else {}
+    return {name: figure(task, [o for o in outcomes if o.sample.group in members]) for name, members in kinds.items()}
+
+
+def figure(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """A figure in percent (CIDEr: times 100) with its interval, and of how many answers it is."""
+    found = task.metric(outcomes)
+    low, high = found["interval"]
+    rounded = {name: round(value, 2) for name, value in (("value", found["value"]), ("low", low), ("high", high))}
+    return {"figure": found["figure"], **rounded, "n": found["n"]}
+
+
+def score(vlm: VLM, pictures: int, batch_size: int, work: Path) -> dict[str, dict[str, Any]]:
+    """Score a model on every set; ``work`` keeps the rows."""
+    card: dict[str, dict[str, Any]] = {}
+    with Progress() as progress:
+        for title, task, source, samples in sets(pictures):
+            bar = progress.add_task(f"{title}, {task.name}", total=len(samples))
+            folder = work / f"{title.replace(' ', '-').replace(',', '')}-{task.name}"
+            run(
+                vlm,
+                Evaluation(task, Unpruned(), source=source),
+                folder,
+                batch_size=batch_size,
+                samples=samples,
+                progress=lambda done, _total, _row, bar=bar: progress.update(bar, completed=done),
+            )
+            card.setdefault(title, {}).update(by_kind(task, Folder(folder).outcomes()))
+    return card
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hub id, local folder, or pico.")] = "pico",
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of each set.")] = 400,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
+    work: Annotated[Path, typer.Option(help="Folder for the rows.")] = Path("runs/score-card"),
+    out: Annotated[Path, typer.Option(help="Results file.")] = MODEL_DIR / "results.json",
+) -> None:
+    """Score a model by kind of question and write the results."""
+    vlm = load(model)
+    results = {
+        "weights": checksum(MODEL_DIR if model == "pico" else Path(model)),
+        "versions": versions(),
+        "pictures": pictures,
+        "decoding": "greedy",
+        "command": f"python -m vlmflow.evaluate.score_card --pictures {pictures}",
+        "sets": score(vlm, pictures, batch_size, work),
+    }
+    write_json(out, results)
+    typer.echo(
+        json.dumps({title: {k: one["value"] for k, one in kinds.items()} for title, kinds in results["sets"].items()})
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
