@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlmflow import plots
+from vlmflow import models, plots
 from vlmflow.cli import app
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, mean_share, with_budget
@@ -84,6 +85,23 @@ def test_batches_change_no_row(vlm, questions, tmp_path):
     for size in (1, 4):
         run(vlm, evaluation(questions), tmp_path / str(size), batch_size=size)
     assert files(tmp_path / "1") == files(tmp_path / "4")
+
+
+def test_a_model_that_memory_cannot_hold_gives_the_same_files(vlm, questions, tmp_path, monkeypatch):
+    """What ``device="auto"`` leaves on disk is fetched layer by layer; the fingerprint reads it there."""
+    scarce = partial(
+        models.AutoModelForImageTextToText.from_pretrained,
+        max_memory={"cpu": 8_000_000},
+        offload_folder=tmp_path / "offloaded",
+    )
+    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", scarce)
+    spread = load("pico", device="auto")
+    weights = [(weight.is_meta, weight.device.type) for weight in spread.model.parameters()]
+    assert {meta for meta, _ in weights} == {True, False}
+    assert Subject.of(spread) == Subject.of(vlm)
+    run(vlm, evaluation(questions), tmp_path / "whole", batch_size=4)
+    run(spread, evaluation(questions), tmp_path / "spread", batch_size=4)
+    assert files(tmp_path / "whole") == files(tmp_path / "spread")
 
 
 def test_a_batch_that_fails_as_a_whole_is_asked_one_by_one(vlm, questions, tmp_path, monkeypatch):
@@ -337,6 +355,17 @@ def test_eval_prints_a_table_and_a_record(questions, tmp_path):
     assert len(refused.stderr.strip().split("\n")) == 1
     assert 'pruner.name was "himap", is "vtw"' in refused.stderr
     assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+
+
+def test_a_sweep_tells_the_parts_of_a_benchmark_apart(tmp_path):
+    args = ["--task", "pico", "--limit", "4", "--pruners", "vtw", "--budgets", "0.5", "--out", tmp_path]
+    assert vlmflow("sweep", *args).exit_code == 0
+    outcomes = {name: Folder(tmp_path / name).outcomes() for name in ("none", "vtw-0.5")}
+    table = (tmp_path / "sweep.md").read_text().partition("by part**")[2]
+    assert "|  | none | vtw-0.5 |" in table
+    for number, kind in enumerate(outcome.sample.group for outcome in outcomes["none"]):
+        shares = [100 * own[number].score for own in outcomes.values()]
+        assert f"| {kind} | " + " | ".join(f"{x:.1f} [{x:.1f}, {x:.1f}]" for x in shares) + " |" in table
 
 
 def test_sweep_and_report(questions, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.folder import EvaluationError, write_json, write_text
 from vlmflow.evaluate.runner import Evaluation, Progress, run
-from vlmflow.evaluate.tables import COSTS, Grid, Line, Result, budget_grid, line, to_csv
+from vlmflow.evaluate.tables import COSTS, Grid, Line, Result, budget_grid, group_grid, line, to_csv
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Unpruned
 from vlmflow.tasks import Sample
@@ -92,7 +92,9 @@ def sweep(
     common = {name: value for name, value in baseline.settings.items() if not name.startswith("pruner")}
     write_text(out / "sweep.csv", to_csv(lines))
     write_json(out / "sweep.json", {"settings": common, "lines": [asdict(own) for own in lines]})
-    write_text(out / "sweep.md", _markdown(lines, evaluation.task.title, common))
+    by_group = [(cell.folder, result) for cell, result in zip(cells, results, strict=True) if result]
+    parts = group_grid(by_group, f"{evaluation.task.title}: by part")
+    write_text(out / "sweep.md", _markdown(lines, parts, evaluation.task.title, common))
     return lines
 
 
@@ -101,7 +103,7 @@ def sweep_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Grid:
     return budget_grid(lines, f"{title}: every method at every budget", wide)
 
 
-def _markdown(lines: Sequence[Line], title: str, settings: dict[str, Any]) -> str:
+def _markdown(lines: Sequence[Line], by_group: Grid | None, title: str, settings: dict[str, Any]) -> str:
     built_with = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     what = (
         f"Model {settings['model']} ({settings['dtype']}, weights {settings['weights'][:12]}), "
@@ -109,5 +111,6 @@ def _markdown(lines: Sequence[Line], title: str, settings: dict[str, Any]) -> st
         f"greedy, at most {settings['max_new_tokens']} new tokens; {built_with}."
     )
     refusals = "".join(f"- {own.note}\n" for own in lines if own.note)
-    parts = [sweep_grid(lines, title).markdown(), refusals, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
+    grids = [grid.markdown() for grid in (sweep_grid(lines, title), by_group) if grid is not None]
+    parts = [grids[0], refusals, *grids[1:], what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

@@ -226,6 +226,23 @@ def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Grid:
     return Grid(title, tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
 
+def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Grid | None:
+    """The figure of every part of a benchmark, a column a labelled run; None where the benchmark has no parts."""
+    columns = [(label, one.task, Folder(one.path).outcomes(), one.settings["seed"]) for label, one in results]
+    groups = list(dict.fromkeys(outcome.sample.group for _, _, outcomes, _ in columns for outcome in outcomes))
+    if len(groups) < 2:
+        return None
+    rows = []
+    for group in groups:
+        cells = [group]
+        for _, task, outcomes, seed in columns:
+            part = [outcome for outcome in outcomes if outcome.sample.group == group]
+            found = task.metric(part, seed) if part else {"value": None, "interval": None}
+            cells.append(_with_interval(found["value"], *(found["interval"] or (None, None))))
+        rows.append(tuple(cells))
+    return Grid(title, ("", *(label for label, *_ in columns)), tuple(rows))
+
+
 def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
     """The finished runs in or below the folders, and the folders of unfinished ones.
 
