@@ -238,7 +238,8 @@ def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Grid | None
         for _, task, outcomes, seed in columns:
             part = [outcome for outcome in outcomes if outcome.sample.group == group]
             found = task.metric(part, seed) if part else {"value": None, "interval": None}
-            cells.append(_with_interval(found["value"], *(found["interval"] or (None, None))))
+            low, high = found["interval"] or (None, None)
+            cells.append(_with_interval(found["value"], low, high))
         rows.append(tuple(cells))
     return Grid(title, ("", *(label for label, *_ in columns)), tuple(rows))
 
