@@ -142,6 +142,8 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
+    if spread:
+        return VLM(name, model.eval(), processor)
     where = device or default_device()
     try:
         nn.Module.to(model, where).eval()

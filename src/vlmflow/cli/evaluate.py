@@ -116,6 +116,8 @@ def evaluate(
                 evaluation = asked(subject.layers)
                 summary = pool.run(subject, evaluation, out_dir, **how)
         elif (ranks := Ranks.launched()) is not None:
+            if device == "auto":
+                raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
             vlm = load_model(model, device or own_accelerator(), dtype)
             evaluation = asked(vlm.n_layers)
             summary = ranks.run(vlm, evaluation, out_dir, **how)
