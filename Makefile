@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 .PRECIOUS: $(VENV)-compat-%/.installed
 $(VENV)-compat-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -v '^transformers==' constraints.txt > $(@D)/constraints.txt
+	grep -v -E '^(transformers|tokenizers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]" transformers==$*
 	touch $@
 

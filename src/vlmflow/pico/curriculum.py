@@ -38,5 +38,5 @@ STAGES = (
     Stage("letters", 56, (1, 3), 500, 16, 4, questions=(3, 13), decay=0.2),
     Stage("options", 56, (1, 3), 400, 16, 4, questions=(5, 11), muon_rate=0.01, adam_rate=1e-3, decay=0.7),
     Stage("wide", 192, (1, 6), 300, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, easy_vqa=8),
-    Stage("full", 192, (2, 12), 900, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
+    Stage("full", 192, (2, 12), 750, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
 )
