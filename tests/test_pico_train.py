@@ -102,6 +102,29 @@ def test_a_run_is_exported_as_a_folder_with_card_and_curves(tmp_path, pool):
     assert isinstance(Progress(**torch.load(tmp_path / "checkpoint.pt")), Progress)
 
 
+def test_a_run_goes_on_from_an_exported_folder(tmp_path, pool):
+    """In the middle of a stage or after it, with its history; the weights have been through half precision."""
+    stages = (ALIGN, TALK)
+    for name, looks, where in (("middle", 9, (1, 2)), ("end", 99, (2, 0))):
+        first = Run(tmp_path / name, stages, pool, StopAfter(looks))
+        first.folder.mkdir()
+        done = first.train()
+        first.log({"note": "steered"})
+        export.export(first.folder, tmp_path / name / "model", stages)
+        assert "- steered" in (tmp_path / name / "model" / "README.md").read_text()
+        later = Run(tmp_path / f"{name} later", stages, pool, StopAfter(0))
+        later.folder.mkdir()
+        later.continue_from(tmp_path / name / "model")
+        found = Progress(**torch.load(later.checkpoint))
+        assert (found.stage, found.step) == where
+        assert found.weights
+        assert done.average
+        for key, weight in done.average.items():
+            if "position_embedding" not in key:
+                torch.testing.assert_close(found.weights[key], weight.half().float(), atol=0, rtol=0)
+        assert later.history.read_text().startswith((first.folder / "log.jsonl").read_text())
+
+
 def test_means_of_reports():
     report = {"loss": 1.0, "losses": 4, "count/right": 1, "count/asked": 4}
     report |= {"naming": 3.0, "namings": 2, "object": 1.0, "color": 1.0, "centre": 1.0}

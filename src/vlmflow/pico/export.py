@@ -24,7 +24,7 @@ from vlmflow.pico.curriculum import STAGES, Stage
 from vlmflow.pico.model import CANVAS, build_model, resize_positions, save_folder
 from vlmflow.pico.questions import KINDS
 from vlmflow.pico.scenes import make_scene
-from vlmflow.pico.train import SEED, Progress
+from vlmflow.pico.train import HISTORY, SEED, Progress
 
 SAMPLES = 24
 SAMPLE_SEED = 2_000_000
@@ -34,7 +34,7 @@ COUNTS = (2, 12)
 def read_log(folder: Path) -> list[dict]:
     """The rows of a run's log; where a crash made it repeat steps, the later rows count."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return list({(row["stage"], row["step"], row.get("exam")): row for row in rows}.values())
+    return list({tuple(row.get(key) for key in ("stage", "step", "exam", "note")): row for row in rows}.values())
 
 
 def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None:
@@ -67,7 +67,7 @@ def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
-def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, digest: str, departures: str) -> str:
+def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], progress: Progress, digest: str) -> str:
     """What the model is, how these weights were made, and how far they came."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")}
     hours = sum(row.get("seconds", 0) for row in rows) / 3600
@@ -114,7 +114,7 @@ def model_card(rows: list[dict], stages: tuple[Stage, ...], progress: Progress, 
             "",
             "Each stage in full: `" + json.dumps([asdict(stage) for stage in stages]) + "`",
             "",
-            *(["Departures of this run from the recipe:", "", departures] if departures else []),
+            *(["Departures of this run from the recipe:", "", *(f"- {note}" for note in notes), ""] if notes else []),
             "![curves](curves.png)",
             "",
             f"## Last exam of the training, exact answers ({when}, pictures as in that stage)",
@@ -159,11 +159,13 @@ def export(run: Path, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
     model = build_model(CANVAS, SEED)
     model.load_state_dict(resize_positions(progress.average, CANVAS))
     save_folder(model, folder)
-    rows = read_log(run)
+    history = read_log(run)
+    last = progress.stage - (progress.step == 0)  # a stage that is whole counts as its last step
+    reached = {"stage": stages[last].name, "step": progress.step or stages[last].steps}
+    (folder / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in [*history, reached]))
+    rows, notes = [row for row in history if "note" not in row], [row["note"] for row in history if "note" in row]
     draw_curves(rows, stages, folder / "curves.png")
-    notes = run / "departures.md"  # by hand, where a run was steered
-    departures = notes.read_text() if notes.exists() else ""
-    (folder / "README.md").write_text(model_card(rows, stages, progress, checksum(folder), departures))
+    (folder / "README.md").write_text(model_card(rows, notes, stages, progress, checksum(folder)))
 
 
 def main(

@@ -7,6 +7,7 @@ of a step side by side, each with one core; on a shared machine that wastes far 
 
 import functools
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ from vlmflow.pico.scenes import Split
 from vlmflow.pico.text import build_tokenizer
 
 SEED = 0
+HISTORY = "training.jsonl"  # of an exported folder
 THREADS = 2
 NAMING_WEIGHT = 0.3
 WARMUP = 50  # steps
@@ -173,6 +175,11 @@ class Run:
         """Where the state of the run is kept."""
         return self.folder / "checkpoint.pt"
 
+    @property
+    def history(self) -> Path:
+        """Losses, accuracies and exams; a line with a ``note`` says where a run was steered by hand."""
+        return self.folder / "log.jsonl"
+
     def save(self, progress: Progress) -> None:
         """Write the state, so that a reader finds either the old one or the new one, whole."""
         draft = self.checkpoint.with_suffix(".draft")
@@ -183,8 +190,19 @@ class Run:
         """Print one line and keep it."""
         line = json.dumps(row)
         print(line, flush=True)
-        with (self.folder / "log.jsonl").open("a") as log:
+        with self.history.open("a") as log:
             log.write(line + "\n")
+
+    def continue_from(self, model: Path) -> None:
+        """Begin with the weights and the history of an exported folder, where that stopped; momenta begin anew."""
+        rows = [json.loads(line) for line in (model / HISTORY).read_text().splitlines()]
+        last = [row for row in rows if "step" in row][-1]
+        number = next(number for number, stage in enumerate(self.stages) if stage.name == last["stage"])
+        done = last["step"] == self.stages[number].steps
+        weights = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).state_dict()
+        self.save(Progress(number + 1 if done else number, 0 if done else last["step"], weights, weights))
+        shutil.copyfile(model / HISTORY, self.history)
+        self.log({"note": f"{last['stage']}, step {last['step']}: went on from exported weights (half precision)."})
 
     def train(self) -> Progress:
         """Run the stages, or what is left of them, until the last step or a request to stop."""
@@ -278,7 +296,10 @@ def means(report: Report) -> Report:
     return {name: round(value, 3) for name, value in row.items()}
 
 
-def main(folder: Annotated[Path, typer.Option(help="Checkpoints and logs.")] = Path("runs/pico")) -> None:
+def main(
+    folder: Annotated[Path, typer.Option(help="Checkpoints and logs.")] = Path("runs/pico"),
+    start: Annotated[Path | None, typer.Option(help="An exported model folder that a new run goes on from.")] = None,
+) -> None:
     """Train pico, or go on training it."""
     folder.mkdir(parents=True, exist_ok=True)
     stop = threading.Event()
@@ -286,7 +307,10 @@ def main(folder: Annotated[Path, typer.Option(help="Checkpoints and logs.")] = P
         signal.signal(sign, lambda *_: stop.set())
     torch.set_num_threads(THREADS)  # for the optimizers; threads inside a product of the pool would wait for each other
     with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        Run(folder, STAGES, pool, stop).train()
+        run = Run(folder, STAGES, pool, stop)
+        if start is not None and not run.checkpoint.exists():
+            run.continue_from(start)
+        run.train()
 
 
 if __name__ == "__main__":
