@@ -364,6 +364,7 @@ def _follows_prompt(image: Tensor, kwargs: dict[str, Any]) -> Bool[Tensor, "batc
     """Which tokens are no prompt: a teacher-forced answer, or the drafts of assisted decoding's first pass.
 
     Assisted decoding hands over an empty cache, and asks for the logits of the drafts and of the token before them.
+    In transformers 5.0 generation hands over no cache at first; what tells it from a plain call are cache positions.
     """
     follows = torch.zeros_like(image)
     labels, cache, kept = kwargs.get("labels"), kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
@@ -371,7 +372,8 @@ def _follows_prompt(image: Tensor, kwargs: dict[str, Any]) -> Bool[Tensor, "batc
         answer = labels.to(image.device) != -100
         asked = (Layout(image, follows).question & ~answer).any(1, keepdim=True)
         follows = answer & asked  # where all text is taught, nothing tells the answer from the question
-    if isinstance(kept, int) and kept > 1 and cache is not None and int(cache.get_seq_length()) == 0:
+    generating = kwargs.get("cache_position") is not None if cache is None else int(cache.get_seq_length()) == 0
+    if isinstance(kept, int) and kept > 1 and generating:
         follows[:, 1 - kept :] = True
     return follows
 
