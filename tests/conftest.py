@@ -1,4 +1,7 @@
-"""Shapes and types in annotations are checked at run time, under pytest only."""
+"""Shapes and types in annotations are checked at run time, under pytest only.
+
+``VLMFLOW_DEVICE=cuda`` runs the suite there: `tiny` puts its models and samples on that device, and tests follow them.
+"""
 
 import os
 
@@ -10,3 +13,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network, and must not w
 checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # a whole number is a float
 install_import_hook("vlmflow", "conftest.checked")
 torch.set_num_threads(1)
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the tolerances are float32's

@@ -6,12 +6,14 @@ samples for it. A sample is described by its segments, in prompt order: an int i
 image and ``(frames, height, width)`` a video of that size in pixels.
 
 Query and key weights of the text decoder are large, so that attention is far from uniform and rankings have
-real margins. Models are cached and shared: tests never modify them.
+real margins. Models are cached and shared: tests never modify them. They and their samples are on the device that
+``VLMFLOW_DEVICE`` names; what is random is drawn on the CPU, so that it is the same everywhere.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,6 +25,7 @@ from torch import Tensor
 
 PAD, IMAGE, VIDEO, START, END, ROW = 0, 100, 101, 102, 103, 104  # ids from IMAGE on are special
 VOCAB, PATCH = 128, 4
+DEVICE = os.environ.get("VLMFLOW_DEVICE", "cpu")
 
 Size = tuple[int, ...]
 Segment = int | str | Size
@@ -82,7 +85,8 @@ class Tiny:
             types["mm_token_type_ids"] = image + 2 * video
         if "token_type_ids" in wanted:  # Gemma3 marks images, PaliGemma the suffix, which a prompt has not
             types["token_type_ids"] = image if self.name.startswith("gemma3") else torch.zeros_like(ids)
-        return {"input_ids": ids, "attention_mask": mask, **types, **media}
+        tensors = {"input_ids": ids, "attention_mask": mask, **types, **media}
+        return {key: tensor.to(DEVICE) for key, tensor in tensors.items()}
 
 
 def text(n: int, rng: torch.Generator) -> list[int]:
@@ -426,7 +430,7 @@ def _build(name: str, attn: str, layers: int) -> Tiny:
     randomize(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return Tiny(name, model.float().eval(), drawers, specs)
+    return Tiny(name, model.float().to(DEVICE).eval(), drawers, specs)
 
 
 @torch.no_grad()
@@ -435,7 +439,7 @@ def randomize(model: hf.PreTrainedModel, seed: int = 0, sharp: float = 1.5) -> N
     rng = torch.Generator().manual_seed(seed)
     decoder = {id(p) for p in model.get_decoder().parameters()}
     for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=rng)
+        noise = torch.randn(weight.shape, generator=rng).to(weight.device)
         ranking = id(weight) in decoder and ("self_attn.q_" in name or "self_attn.k_" in name)
         if weight.dim() > 1:
             fan_in = weight.shape[-1] if weight.dim() < 4 else weight[0].numel()
