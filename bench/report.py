@@ -67,7 +67,7 @@ def prefill(record: dict[str, Any]) -> str:
                 cells.append(f"{bare['none'] / bare[name]:.2f}")
             rows.append(cells)
         header = ["method", "prefill", "times as fast", "by exact FLOPs", "reached"] + (["bare layers"] if bare else [])
-        blocks.append(f"Batch {point['batch']}, {point['image_tokens']} image tokens:")
+        blocks.append(f"Batch {point['batch']}, {point['image_tokens'][0]} image tokens:")
         blocks.append(table(header, rows))
         if "keep all" in point["methods"]:
             share = 1 / point["methods"]["keep all"]["speedup"]["prefill"]["value"] - 1
@@ -82,7 +82,7 @@ def decode(record: dict[str, Any]) -> str:
     rows = []
     for point in record["points"]:
         for name, one in point["methods"].items():
-            where = f"{point['batch']} x {point['image_tokens']}"
+            where = f"{point['batch']} x {point['image_tokens'][0]}"
             share = one["kv_bytes"] / point["methods"]["none"]["kv_bytes"]
             rows.append([where, name, seconds(one["seconds"]["tpot"]), ratio(one["speedup"]["tpot"]), f"{share:.0%}"])
     header = ["batch x image tokens", "method", "a token", "times as fast", "KV bytes"]

@@ -59,6 +59,8 @@ def test_the_page_is_written_from_the_files(bench, files, tmp_path):
     page = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
     filled = report.filled(page, tmp_path)
     assert "| himap | 12.3 ms | 1.50 (1.40 to 1.60) |" in filled
+    assert "Batch 1, 16 image tokens:" in filled
+    assert "| 4 x 80 | himap |" in filled
     assert "`python bench/cpu.py decode`" in filled
     assert report.filled(filled, tmp_path) == filled
     report.picture(tmp_path, tmp_path / "promises.png")
