@@ -36,6 +36,10 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
+def gigabytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 1e9:.2f} GB"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -100,13 +104,148 @@ def protocols(record: dict[str, Any]) -> str:
     return f"{source(record)}\n\n{table(['protocol', 'method', '64 tokens', 'times as fast'], rows)}\n\n{both}"
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+def laws(record: dict[str, Any]) -> str:
+    """The test suite's law files, test by test."""
+    rows = [
+        [name, *(str(count[key]) for key in ("passed", "failed", "skipped"))] for name, count in record["files"].items()
+    ]
+    wrong = [f"- `{test}`: {said}" for test, said in record["failures"].items()]
+    return "\n\n".join(
+        [source(record), table(["file", "passed", "failed", "skipped"], rows), *_listed("Failed", wrong)]
+    )
+
+
+def bfloat16_laws(record: dict[str, Any]) -> str:
+    """The laws restated for bfloat16: by law, the largest error of all families, kernels and pruners."""
+    rows = []
+    for law in dict.fromkeys(check["law"] for check in record["checks"]):
+        checks = [check for check in record["checks"] if check["law"] == law]
+        worst = max((check["error"] for check in checks if check["error"] is not None), default=None)
+        passed = f"{sum(check['passed'] for check in checks)} of {len(checks)}"
+        rows.append([law, passed, "?" if worst is None else f"{worst:.3g}", f"{checks[0]['limit']:g}"])
+    wrong = [
+        f"- {check['law']}, {check['where']}: {check['reason'] or format(check['error'], '.3g')}"
+        for check in record["checks"]
+        if not check["passed"]
+    ]
+    left_out = [f"- {kernel}: {reason}" for kernel, reason in record["kernels_left_out"].items()]
+    blocks = [source(record), table(["law", "passed", "largest error", "allowed"], rows)]
+    return "\n\n".join([*blocks, *_listed("Failed", wrong), *_listed("Kernels left out", left_out)])
+
+
+def gpu_prefill(record: dict[str, Any]) -> str:
+    """First-token times and memory by batch, what does not pay, and what a prefill asks of the device."""
+    blocks = [source(record)]
+    header = ["method", "first token", "times as fast", "by exact FLOPs", "reached", "peak memory"]
+    for point in record["points"]:
+        rows = []
+        for name, one in point["methods"].items():
+            speedup, promised = one["speedup"]["ttft"], one["promised"]
+            cells = [name, seconds(one["seconds"]["ttft"]), ratio(speedup), f"{promised:.2f}"]
+            rows.append([*cells, f"{speedup['value'] / promised:.0%}", gigabytes(one["peak_bytes"])])
+        for name, one in point.get("alone", {}).items():
+            rows.append([name, seconds(one["seconds"]["ttft"]), "", "", "", gigabytes(one["peak_bytes"])])
+        rows += [[name, "does not fit", "", "", "", ""] for name in point["does_not_fit"]]
+        blocks += [f"Batch {point['batch']}, {point['image_tokens']} image tokens:", table(header, rows)]
+        slower = [
+            name
+            for name, one in point["methods"].items()
+            if name not in ("none", "keep all") and one["speedup"]["ttft"]["low"] <= 1
+        ]
+        if slower:
+            blocks.append(f"No sure gain here: {', '.join(slower)}.")
+    for work in record["work"]:
+        names = ("operations", "launches", "copies", "waits")
+        rows = [
+            [name, *(str(one[key]) for key in names), seconds(one["issued"]), seconds(one["done"])]
+            for name, one in work["methods"].items()
+        ]
+        blocks.append(
+            f"What one prefill asks of the device, batch {work['batch']}, {work['image_tokens']} image tokens:"
+        )
+        blocks.append(table(["method", *names, "given out after", "done after"], rows))
+    return "\n\n".join(blocks)
+
+
+def gpu_protocols(record: dict[str, Any]) -> str:
+    """Short answers in both protocols by both geometries."""
+    rows = []
+    for point in record["points"]:
+        where = [point["name"], point["protocol"]]
+        for name, one in point["methods"].items():
+            parts = [seconds(one["seconds"]["ttft"]), seconds(one["seconds"]["total"]), ratio(one["speedup"]["total"])]
+            rows.append([*where, name, *parts])
+        rows += [[*where, name, "does not fit", "", ""] for name in point["does_not_fit"]]
+    answer = f"{record['points'][0]['new_tokens']} tokens"
+    header = ["geometry", "protocol", "method", "first token", answer, "times as fast"]
+    return f"{source(record)}\n\n{table(header, rows)}"
+
+
+def gpu_decode(record: dict[str, Any]) -> str:
+    """Tokens a second, and the largest batch that fits."""
+    rows = []
+    for point in record["points"]:
+        where = f"{point['batch']} x {point['image_tokens']}"
+        for name, one in point["methods"].items():
+            rate = point["batch"] / one["seconds"]["tpot"]
+            rows.append([where, name, f"{rate:.0f}", ratio(one["speedup"]["tpot"]), gigabytes(one["kv_bytes"])])
+        for name, one in point.get("alone", {}).items():
+            rate = point["batch"] / one["seconds"]["tpot"]
+            rows.append([where, name, f"{rate:.0f}", "", gigabytes(one["kv_bytes"])])
+        rows += [[where, name, "does not fit", "", ""] for name in point["does_not_fit"]]
+    largest = [
+        [str(row["image_tokens"]), row["method"], str(row["computed"]), str(row["ran"])] for row in record["largest"]
+    ]
+    speed = table(["batch x image tokens", "method", "tokens a second", "times as fast", "KV cache"], rows)
+    fits = table(["image tokens", "method", "largest batch by the cost model", "that ran"], largest)
+    return f"{source(record)}\n\n{speed}\n\n{fits}"
+
+
+def gpu_saliency(record: dict[str, Any]) -> str:
+    """Time and memory of saliency beside plain reading, and beside naive attention matrices."""
+    rows = [
+        [str(row["tokens"]), row["method"], seconds(row["seconds"]), gigabytes(row["peak_bytes"])]
+        if row["fits"]
+        else [str(row["tokens"]), row["method"], "does not fit", ""]
+        for row in record["rows"]
+    ]
+    return f"{source(record)}\n\n{table(['prompt tokens', 'method', 'time', 'peak memory'], rows)}"
+
+
+def pico(record: dict[str, Any]) -> str:
+    """The embedded model's answers against the CPU's."""
+    rows = [[row["method"], str(row["asked"]), str(row["right"]), f"{row['identical']:.2%}"] for row in record["rows"]]
+    wrong = [
+        f"- {row['method']}, {one['id']}: {one['question']} Here {one['here']!r}, on the CPU {one['cpu']!r}."
+        for row in record["rows"]
+        for one in row["differing"]
+    ]
+    answers = table(["method", "asked", "right", "answered as on the CPU"], rows)
+    return "\n\n".join([source(record), answers, *_listed("Answered otherwise", wrong)])
+
+
+def _listed(title: str, items: list[str]) -> list[str]:
+    return [f"{title}:", "\n".join(items)] if items else []
+
+
+CPU: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu-prefill-7b-bfloat16": prefill,
     "cpu-prefill-7b-float32": prefill,
     "cpu-prefill-13b-bfloat16": prefill,
     "cpu-decode": decode,
     "cpu-protocols": protocols,
 }
+GPU: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gpu-laws": laws,
+    "gpu-laws-bfloat16": bfloat16_laws,
+    "gpu-prefill-7b": gpu_prefill,
+    "gpu-prefill-13b": gpu_prefill,
+    "gpu-protocols": gpu_protocols,
+    "gpu-decode": gpu_decode,
+    "gpu-saliency": gpu_saliency,
+    "gpu-pico": pico,
+}
+BLOCKS = CPU | GPU
 
 
 def picture(folder: Path, path: Path) -> None:
@@ -114,7 +253,7 @@ def picture(folder: Path, path: Path) -> None:
     prefills: list[Promise] = []
     decodes: list[Promise] = []
     caches: list[Promise] = []
-    for name in BLOCKS:
+    for name in CPU:
         record = load(folder, name)
         for point in record["points"] if record else ():
             none = point["methods"]["none"]

@@ -9,10 +9,11 @@ import argparse
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +29,7 @@ SIDE = 24  # of an image, in tokens: 576
 SHRINK = 6  # of that side in a dry run
 FOLDER = Path(__file__).parents[1] / "docs" / "performance"
 TEXT = 60
+T = TypeVar("T")
 
 
 def subject(
@@ -121,8 +123,36 @@ def measure(
     return setting | {"repeats": repeats} | found
 
 
-def main(name: str, stages: Mapping[str, Callable[[bool], dict[str, Any]]], about: str) -> None:
-    """Run the stages that were asked for; each writes ``NAME-STAGE.json``, whole or not at all."""
+def attempt(work: Callable[[], T]) -> T | None:
+    """What ``work`` returns, None where the device's memory does not suffice; what it held is given back."""
+    try:
+        result = work()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS says it so
+            raise
+        result = None
+    release()
+    return result
+
+
+def release() -> None:
+    """Give back memory that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(
+    name: str,
+    stages: Mapping[str, Callable[[bool], dict[str, Any]]],
+    about: str,
+    refused: Callable[[bool], Mapping[str, str]] = lambda dry: {},
+) -> None:
+    """Run the stages that were asked for; each writes ``NAME-STAGE.json``, whole or not at all.
+
+    ``refused`` says, knowing whether the run is dry, which stages cannot run here, and why. A stage that fails does not
+    keep the next one from running.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(stages)}; default: all")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON files")
@@ -131,12 +161,27 @@ def main(name: str, stages: Mapping[str, Callable[[bool], dict[str, Any]]], abou
     unknown = [stage for stage in options.stages if stage not in stages]
     if unknown:
         parser.error(f"unknown stage {unknown[0]}; choose from {', '.join(stages)}")
-    for stage in options.stages or stages:
+    reasons, failed = refused(options.dry), []
+    chosen = options.stages or list(stages)
+    for stage in chosen:
+        if stage in reasons:
+            print(f"{name} {stage}: cannot run here: {reasons[stage]}", flush=True)
+            continue
         print(f"{name} {stage} ...", flush=True)
         start = time.perf_counter()
-        record = stages[stage](options.dry)
+        try:
+            record = stages[stage](options.dry)
+        except Exception:
+            traceback.print_exc()
+            failed.append(stage)
+            continue
+        finally:
+            release()
         record |= {"command": " ".join(["python", f"bench/{name}.py", stage]), "dry": options.dry}
         record |= {"versions": versions(), "seconds": round(time.perf_counter() - start, 1)}
         write_json(options.out / f"{name}-{stage}.json", record)
         print(f"{name} {stage}: {record['seconds']} s, wrote {options.out / f'{name}-{stage}.json'}", flush=True)
-        gc.collect()
+    if reasons.keys() >= set(chosen):
+        print("nothing to run here")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
