@@ -150,7 +150,7 @@ def test_when_all_fail_something_else_is_wrong(vlm, questions, tmp_path, monkeyp
         (tmp_path / f"{number}.png").write_text("no image")
     with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*cannot be opened.*the rows so far are in"):
         run(vlm, evaluation(questions), tmp_path / "out", batch_size=2)
-    assert len(Folder(tmp_path / "out").rows()) == 4
+    assert len(Folder(tmp_path / "out").rows.read()) == 4
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 50)
     summary = run(vlm, evaluation(questions), tmp_path / "out", batch_size=2)
     assert summary["samples"]["failed"] == 6

@@ -22,7 +22,7 @@ from vlmflow.cli import app
 from vlmflow.evaluate.folder import EvaluationError
 from vlmflow.experiments import knockout, runner
 from vlmflow.experiments.knockout import ByWindow
-from vlmflow.experiments.rows import read
+from vlmflow.experiments.rows import findings_of
 from vlmflow.experiments.runner import Study, blank, encode, run
 from vlmflow.experiments.saliency import ByLayer
 from vlmflow.flow.consistency import label_consistency, score_consistency
@@ -225,7 +225,7 @@ def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, mon
         (tmp_path / f"{number}.png").write_text("no image")
     with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*cannot be opened.*rows so far are in"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
-    assert len(read(tmp_path / "out")) == 4
+    assert len(findings_of(tmp_path / "out").read()) == 4
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 2)
     with pytest.raises(EvaluationError, match="2 samples in a row failed"):
         run(vlm, study(questions, ByLayer()), tmp_path / "soon")
@@ -242,14 +242,14 @@ def test_nothing_left_is_told_of(vlm, questions, tmp_path):
     questions.write_text(line)
     with pytest.raises(EvaluationError, match="no sample is left: 1 of 1 were answered right about a blank picture"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
-    assert len(read(tmp_path / "out")) == 1
+    assert len(findings_of(tmp_path / "out").read()) == 1
 
 
 def test_a_broken_row_is_named(vlm, questions, tmp_path):
     run(vlm, study(questions, ByLayer()), tmp_path / "out")
     rows = tmp_path / "out/rows.jsonl"
     rows.write_bytes(b'{"id": "q0"}\n' + rows.read_bytes())
-    with pytest.raises(EvaluationError, match=r"rows.jsonl, line 1: not a row of this experiment"):
+    with pytest.raises(EvaluationError, match=r"rows.jsonl, line 1: not a row of this kind of run"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from vlmflow.tasks.core import Outcome, Picture, Sample
 
@@ -23,6 +23,7 @@ try:
 except ImportError:  # no such lock on Windows
     fcntl = None
 
+T = TypeVar("T")
 SETTINGS, ROWS, SUMMARY, LOG, VERDICTS = "settings.json", "rows.jsonl", "summary.json", "log.jsonl", "verdicts.json"
 
 
@@ -34,6 +35,54 @@ def versions() -> dict[str, str]:
     """What a result depends on."""
     packages = {name: metadata.version(name) for name in ("vlmflow", "torch", "transformers", "pillow")}
     return packages | {"python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class RowFile(Generic[T]):
+    """A file of JSON objects, one a line and sample, by the sample's ``id``; of two the later counts."""
+
+    path: Path
+    to_record: Callable[[T], Mapping[str, Any]]
+    from_record: Callable[[Mapping[str, Any]], T]
+
+    def read(self) -> dict[str, T]:
+        """The rows by sample id; a last line without its end is none.
+
+        Raises:
+            EvaluationError: a broken line, by its number.
+        """
+        if not self.path.is_file():
+            return {}
+        rows: dict[str, T] = {}
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                rows[record["id"]] = self.from_record(record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise EvaluationError(
+                    f"{self.path}, line {number}: not a row of this kind of run; take the line out, and its sample is "
+                    "done again"
+                ) from None
+        return rows
+
+    def append(self, rows: Iterable[T]) -> None:
+        """Write rows so that a killed process, or machine, has lost at most those of one call."""
+        with self.path.open("ab") as file:
+            file.write(self._text(rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def put_in_order(self, ids: Sequence[str]) -> list[T]:
+        """The rows in the samples' order, one a sample; so they stand in the file from now on."""
+        rows = self.read()
+        ordered = [rows[key] for key in ids]
+        lines = self.path.read_bytes().count(b"\n")
+        if list(rows) != list(ids) or lines != len(rows):
+            write_text(self.path, self._text(ordered))
+        return ordered
+
+    def _text(self, rows: Iterable[T]) -> str:
+        return "".join(json.dumps(self.to_record(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -127,25 +176,10 @@ class Folder:
             raise EvaluationError(f"{self.path} has no {SUMMARY}: finish its run first")
         return read_json(self.path / SUMMARY)
 
-    def rows(self) -> dict[str, Row]:
-        """The rows by sample id, of two the later; a last line without its end is none.
-
-        Raises:
-            EvaluationError: a broken line, by its number.
-        """
-        path = self.path / ROWS
-        if not path.is_file():
-            return {}
-        rows: dict[str, Row] = {}
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                row = Row.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise EvaluationError(
-                    f"{path}, line {number}: not a row of a result; take the line out, and its sample is asked again"
-                ) from None
-            rows[row.sample.id] = row
-        return rows
+    @property
+    def rows(self) -> RowFile[Row]:
+        """An evaluation's rows."""
+        return RowFile(self.path / ROWS, Row.to_dict, Row.from_dict)
 
     def judged(self) -> dict[str, Any] | None:
         """The judge and its verdicts, if there are any."""
@@ -156,28 +190,12 @@ class Folder:
         """The answers with their scores and marks; samples that failed are none."""
         judged = self.judged() or {"verdicts": {}}
         marks = {key: tuple(own["marks"]) for key, own in judged["verdicts"].items() if own["marks"] is not None}
-        return [row.outcome(marks.get(key)) for key, row in self.rows().items() if row.failure is None]
+        return [row.outcome(marks.get(key)) for key, row in self.rows.read().items() if row.failure is None]
 
 
 @dataclass(frozen=True)
 class OpenFolder(Folder):
     """A result folder that this process alone writes to."""
-
-    def append(self, rows: Iterable[Row]) -> None:
-        """Write rows so that a killed process, or machine, has lost at most those of one call."""
-        lines = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
-        with (self.path / ROWS).open("ab") as file:
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def put_in_order(self, ids: Sequence[str]) -> None:
-        """Write the rows anew, one a sample and in the samples' order, if they are not so already."""
-        rows = self.rows()
-        lines = (self.path / ROWS).read_bytes().count(b"\n")
-        if list(rows) != list(ids) or lines != len(rows):
-            text = "".join(json.dumps(rows[key].to_dict(), ensure_ascii=False) + "\n" for key in ids)
-            write_text(self.path / ROWS, text)
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Note when, where and how long it ran."""

@@ -223,7 +223,7 @@ def collect(
         raise EvaluationError(f"batch_size must be at least 1, got {batch_size}")
     settings = evaluation.settings(subject, samples)
     with claim(out, settings) as folder:
-        answered = {key for key, row in folder.rows().items() if row.failure is None}
+        answered = {key for key, row in folder.rows.read().items() if row.failure is None}
         shards = missing_shards(samples, answered, batch_size)
         done, start = len(answered), time.time()
         progress(done, len(samples), None)
@@ -232,7 +232,7 @@ def collect(
             folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **where})
         bad = 0
         for rows in answering(shards):
-            folder.append(rows)
+            folder.rows.append(rows)
             for row in rows:
                 done += 1
                 bad = 0 if row.failure is None else bad + 1
@@ -242,7 +242,7 @@ def collect(
                 raise EvaluationError(f"{bad} samples in a row failed ({reason}); the rows so far are in {out}")
         if shards:
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
-        folder.put_in_order([sample.id for sample in samples])
+        folder.rows.put_in_order([sample.id for sample in samples])
         return _sum_up(folder, evaluation, settings, subject)
 
 
@@ -276,7 +276,7 @@ def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Seq
 
 
 def _to_mark(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
-    rows = folder.rows()
+    rows = folder.rows.read()
     return [(sample, rows[sample.id].answer) for sample in samples if rows[sample.id].failure is None]
 
 
@@ -410,7 +410,7 @@ class Pricing:
 def _sum_up(
     folder: OpenFolder, evaluation: Evaluation, settings: Mapping[str, Any], subject: Subject
 ) -> dict[str, Any]:
-    rows = folder.rows().values()
+    rows = folder.rows.read().values()
     good = [row for row in rows if row.failure is None]
     failed = {row.sample.id: row.failure for row in rows if row.failure is not None}
     counts = [_by_layer(row, subject.layers) for row in good]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmflow.evaluate.folder import ROWS, EvaluationError, write_text
+from vlmflow.evaluate.folder import ROWS, RowFile
 
 
 @dataclass(frozen=True)
@@ -37,46 +35,13 @@ class Finding:
         """Whether it counts."""
         return not self.dropped and self.failure is None
 
-    def line(self) -> str:
-        """The row as it stands in a file."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Finding:
+        """The finding that a row holds."""
+        fields: dict[str, Any] = {**record, "images": tuple(record["images"])}
+        return cls(**fields)
 
 
-def read(folder: Path) -> dict[str, Finding]:
-    """The rows of a folder by sample id, of two the later; a last line without its end is none.
-
-    Raises:
-        EvaluationError: a broken line, by its number.
-    """
-    path = folder / ROWS
-    if not path.is_file():
-        return {}
-    findings: dict[str, Finding] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            finding = Finding(**record | {"images": tuple(record["images"])})
-        except (ValueError, KeyError, TypeError):
-            raise EvaluationError(
-                f"{path}, line {number}: not a row of this experiment; take the line out, and its sample is seen again"
-            ) from None
-        findings[finding.id] = finding
-    return findings
-
-
-def append(folder: Path, finding: Finding) -> None:
-    """Write a row so that a killed process, or machine, does not lose it."""
-    with (folder / ROWS).open("ab") as file:
-        file.write(finding.line().encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def put_in_order(folder: Path, ids: Sequence[str]) -> list[Finding]:
-    """The rows in the samples' order, one a sample; so they stand in the file from now on."""
-    findings = read(folder)
-    ordered = [findings[key] for key in ids]
-    text = "".join(finding.line() for finding in ordered)
-    if (folder / ROWS).read_text(encoding="utf-8") != text:
-        write_text(folder / ROWS, text)
-    return ordered
+def findings_of(folder: Path) -> RowFile[Finding]:
+    """The rows of an experiment's folder."""
+    return RowFile(folder / ROWS, asdict, Finding.from_record)

@@ -20,7 +20,7 @@ from vlmflow.evaluate.folder import SUMMARY, EvaluationError, Row, claim, write_
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
 from vlmflow.evaluate.score_card import GREY
 from vlmflow.experiments.means import Means
-from vlmflow.experiments.rows import Finding, append, put_in_order, read
+from vlmflow.experiments.rows import Finding, findings_of
 from vlmflow.experiments.verdict import numbers
 from vlmflow.flow.answer import likeliest, spellings
 from vlmflow.layout import SEGMENTS, Layout
@@ -131,8 +131,9 @@ def run(
     """
     samples = study.samples() if samples is None else samples
     settings = study.settings(vlm, samples)
+    rows = findings_of(out)
     with claim(out, settings) as folder:
-        known = {key for key, finding in read(out).items() if finding.failure is None}
+        known = {key for key, finding in rows.read().items() if finding.failure is None}
         done, bad, start = len(known), 0, time.time()
         progress(done, len(samples), None)
         if done < len(samples):
@@ -142,7 +143,7 @@ def run(
             if sample.id in known:
                 continue
             finding = examine(vlm, study, sample)
-            append(out, finding)
+            rows.append([finding])
             done, bad = done + 1, 0 if finding.failure is None else bad + 1
             progress(done, len(samples), Row(sample, study.task.prompt(sample), failure=finding.failure))
             if bad in (FAILURES_IN_A_ROW, len(samples)):
@@ -151,7 +152,7 @@ def run(
                 )
         if len(known) < len(samples):
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
-        findings = put_in_order(out, [sample.id for sample in samples])
+        findings = rows.put_in_order([sample.id for sample in samples])
         summary = sum_up(study, findings, settings)
         write_json(out / SUMMARY, summary)
         write_text(out / VERDICT, study.experiment.verdict(summary))
