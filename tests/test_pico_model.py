@@ -10,10 +10,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmflow.pico import MODEL_DIR, checksum
 from vlmflow.pico.batches import IGNORE, collate, encode_question, opening_ids, scene_example
 from vlmflow.pico.blockwise import use_blocks
-from vlmflow.pico.learning import answer_labels, read, right_by_kind, see
+from vlmflow.pico.learning import (
+    VERDICT_LAYER,
+    TaughtWords,
+    answer_labels,
+    option_verdicts,
+    read,
+    right_by_kind,
+    see,
+    verdict_loss,
+)
 from vlmflow.pico.model import build_model, build_processor, resize_positions, save_folder
 from vlmflow.pico.muon import Muon, orthogonalise
-from vlmflow.pico.questions import KINDS
+from vlmflow.pico.questions import KINDS, Question
 from vlmflow.pico.scenes import COLOUR_NAMES, NAMES, PATCH
 from vlmflow.pico.text import EASY_VQA_WORDS, build_tokenizer
 
@@ -22,7 +31,7 @@ CANVAS = 96
 
 @pytest.fixture(scope="module")
 def examples():
-    return [scene_example("train", seed, CANVAS, (2, 5), (8, 6)) for seed in range(3)]
+    return [scene_example("train", seed, CANVAS, (2, 5), (8, 5, 1)) for seed in range(3)]
 
 
 def chat(text: str, image) -> list[dict]:
@@ -66,7 +75,7 @@ def test_training_prompts_are_what_the_processor_makes(examples):
                 return_dict=True,
                 return_tensors="pt",
             )
-            tokens, labels = encode_question(tokenizer, question)
+            tokens, labels, _ = encode_question(tokenizer, question)
             prompt = tokens[: sum(label == IGNORE for label in labels) + 1]
             assert asked["input_ids"][0].tolist() == opening + picture + prompt
             assert torch.equal(asked["pixel_values"], batch.pixels)
@@ -88,18 +97,47 @@ def test_blocks_equal_separate_prompts_through_the_stock_model(examples):
     model, processor = build_model(CANVAS, seed=1).eval(), build_processor(CANVAS)
     batch = collate(processor.tokenizer, examples)
     opening = opening_ids(processor.tokenizer)
-    expected = []
+    expected, judged = [], []
     with torch.no_grad():
         for number in range(len(examples)):
             for group in batch.groups:
-                for ids, labels in zip(group.ids[number], group.labels[number], strict=True):
+                asked = (group.ids[number], group.labels[number], group.verdicts[number])
+                for ids, labels, verdicts in zip(*asked, strict=True):
                     picture = torch.full(((CANVAS // PATCH) ** 2,), processor.image_token_id)
                     prompt = torch.cat([opening, picture, ids])[None]
-                    scores = model(input_ids=prompt, pixel_values=batch.pixels[number : number + 1]).logits
-                    expected.append(scores[0, -len(ids) :][labels != IGNORE])
+                    pixels = batch.pixels[number : number + 1]
+                    through = model(input_ids=prompt, pixel_values=pixels, output_hidden_states=True)
+                    expected.append(through.logits[0, -len(ids) :][labels != IGNORE])
+                    half_way = through.hidden_states[VERDICT_LAYER][0, -len(ids) :][verdicts != IGNORE]
+                    judged.append(model.lm_head(model.model.language_model.norm(half_way)))
         use_blocks(model)
-        scores = read(model, see(model, batch.pixels), batch, opening)
+        scores, verdicts = read(model, see(model, batch.pixels), batch, opening)
     torch.testing.assert_close(scores, torch.cat(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(verdicts, torch.cat(judged), atol=1e-5, rtol=0)
+
+
+def test_options_are_judged_word_by_word():
+    tokenizer = build_tokenizer()
+    question = Question(
+        "choice_position", "Where is the cat? A. top left B. top right", ("B",), ("top left", "top right")
+    )
+    ids, _, verdicts = encode_question(tokenizer, question)
+    judged = [(tokenizer.decode(ids[place]).strip(), verdict) for place, verdict in enumerate(verdicts) if verdict >= 0]
+    assert judged == [("top", 1), ("left", 0), ("top", 1), ("right", 1)]
+
+
+def test_a_right_verdict_costs_nothing(examples):
+    batch, words = collate(build_tokenizer(), examples), TaughtWords.of(build_tokenizer())
+    verdicts = option_verdicts(batch)
+    verdicts = verdicts[verdicts != IGNORE]
+    assert 0 < verdicts.sum() < len(verdicts)
+    yes, no = words.verdicts
+    said = torch.where(verdicts == 1, yes, no)
+    scores = 50 * torch.nn.functional.one_hot(said, len(build_tokenizer())).float()
+    for sign, cost, share in ((1, 0, 1), (-1, 50, 0)):
+        loss, report = verdict_loss(sign * scores, words.verdicts, batch)
+        assert loss.item() == pytest.approx(cost, abs=1e-6)
+        assert report["verdict"] == share
 
 
 def test_right_means_every_token_of_the_answer(examples):
@@ -167,7 +205,7 @@ def test_the_shipped_folder_is_small_recorded_and_deep_enough():
 def test_the_shipped_folder_answers():
     processor = AutoProcessor.from_pretrained(MODEL_DIR)
     model = AutoModelForImageTextToText.from_pretrained(MODEL_DIR)
-    scene = scene_example("held_out", 0, 192, (2, 12), (1, 1)).scene
+    scene = scene_example("held_out", 0, 192, (2, 12), (1, 1, 0)).scene
     inputs = processor.apply_chat_template(
         chat("Is there a cat?", scene.image()),
         add_generation_prompt=True,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlmflow.pico import samples
-from vlmflow.pico.questions import KINDS, KNOWLEDGE, LETTERS, Question
+from vlmflow.pico.questions import KINDS, KNOWLEDGE, LETTERS, PLACES, Question
 from vlmflow.pico.scenes import (
     COLOUR_NAMES,
     HELD_PAIRS,
@@ -86,6 +86,8 @@ def test_patch_labels_say_what_a_patch_shows():
         assert (labels.name[patch] >= 0) == bool(here)
         assert not here or NAMES[labels.name[patch]] in {t.name for t in here}
         assert not here or COLOUR_NAMES[labels.colour[patch]] in {t.colour for t in here}
+        quarters = {("bottom" if t.centre[1] >= 96 else "top", "right" if t.centre[0] >= 96 else "left") for t in here}
+        assert not here or tuple(PLACES[labels.quarter[patch]].split()) in quarters
     assert labels.centre.sum() == len(scene.things)
 
 

@@ -12,7 +12,7 @@ from vlmflow.pico.curriculum import STAGES, Stage
 from vlmflow.pico.train import Progress, Run, means, rate_share
 
 ALIGN = Stage("align", 48, (1, 2), steps=6, scenes=4, part=2, muon_rate=0.03, adam_rate=1.5e-3)
-TALK = Stage("talk", 48, (1, 2), steps=6, scenes=4, part=2, questions=(2, 1))
+TALK = Stage("talk", 48, (1, 2), steps=6, scenes=4, part=2, questions=(2, 1, 1))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def pool():
 def small(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "EXAM_SCENES", 2)
-    monkeypatch.setattr(train, "EXAM_QUESTIONS", (4, 2))
+    monkeypatch.setattr(train, "EXAM_QUESTIONS", (4, 2, 1))
 
 
 class StopAfter(threading.Event):
@@ -44,7 +44,7 @@ class StopAfter(threading.Event):
 
 
 def test_a_short_training_lowers_the_loss(tmp_path, pool):
-    stage = Stage("talk", 48, (1, 2), steps=25, scenes=4, part=2, questions=(6, 2))
+    stage = Stage("talk", 48, (1, 2), steps=25, scenes=4, part=2, questions=(6, 2, 1))
     Run(tmp_path, (stage,), pool, threading.Event()).train()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "exam" not in row]
@@ -127,6 +127,6 @@ def test_a_run_goes_on_from_an_exported_folder(tmp_path, pool):
 
 def test_means_of_reports():
     report = {"loss": 1.0, "losses": 4, "count/right": 1, "count/asked": 4}
-    report |= {"naming": 3.0, "namings": 2, "object": 1.0, "color": 1.0, "centre": 1.0}
+    report |= {"naming": 3.0, "namings": 2, "object": 1.0, "color": 1.0, "place": 1.0, "centre": 1.0}
     row = means(report)
     assert (row["naming"], row["loss"], row["count"]) == (1.5, 0.25, 0.25)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vlmflow.pico.easy import easy_pictures
-from vlmflow.pico.questions import LONG, SHORT, Question
+from vlmflow.pico.questions import CAPTIONS, CHOICES, LETTERS, SHORT, Question
 from vlmflow.pico.scenes import PATCH, Scene, Split, make_scene, patch_labels
 from vlmflow.pico.text import BOS, EOS, PAD, SYSTEM
 
@@ -21,10 +21,15 @@ OPENING = f"{BOS}{SYSTEM} USER: "  # what the chat template puts before the pict
 
 @dataclass(frozen=True)
 class Group:
-    """Questions of one padded length; labels are the next token where it belongs to an answer, else IGNORE."""
+    """Questions of one padded length; labels are the next token where it belongs to an answer, else IGNORE.
+
+    verdicts are, at every word of a multiple choice's options, 1 if the right one begins as this one does so far, 0 if
+    not; elsewhere IGNORE.
+    """
 
     ids: Int[Tensor, "scenes questions length"]
     labels: Int[Tensor, "scenes questions length"]
+    verdicts: Int[Tensor, "scenes questions length"]
     kinds: tuple[tuple[str, ...], ...]
 
 
@@ -34,6 +39,7 @@ class Patches:
 
     name: Int[Tensor, "scenes patches"]
     colour: Int[Tensor, "scenes patches"]
+    quarter: Int[Tensor, "scenes patches"]
     centre: Int[Tensor, "scenes patches"]
     known: Bool[Tensor, "scenes patches"]
 
@@ -66,14 +72,14 @@ def scene_example(
     seed: int,
     canvas: int,
     counts: tuple[int, int],
-    questions: tuple[int, int],
+    questions: tuple[int, int, int],
     focus: tuple[str, ...] = (),
 ) -> Example:
-    """A scene and its questions: questions[0] short ones and questions[1] long ones, kinds in focus more often."""
+    """A scene and its questions: so many short ones, choices and captions; kinds in focus more often."""
     scene = make_scene(split, seed, canvas, counts)
     rng = random.Random(f"questions {split} {seed} {canvas}")
     asked: list[list[Question]] = []
-    for number, families in zip(questions, (SHORT, LONG), strict=True):
+    for number, families in zip(questions, (SHORT, CHOICES, CAPTIONS), strict=True):
         shares = [FOCUS if any(kind.__name__ in focus for kind in family) else 1 for family in families]
         group: list[Question] = []
         while len(group) < number:
@@ -83,7 +89,7 @@ def scene_example(
     return Example(scene.pixels, tuple(asked), scene)
 
 
-def easy_example(seed: int, canvas: int, questions: tuple[int, int]) -> Example:
+def easy_example(seed: int, canvas: int, questions: tuple[int, int, int]) -> Example:
     """A picture of easy-vqa's train split and questions about it."""
     rng = random.Random(f"easy {seed}")
     picture = rng.choice(easy_pictures("train"))
@@ -91,22 +97,34 @@ def easy_example(seed: int, canvas: int, questions: tuple[int, int]) -> Example:
     return Example(picture.pixels(canvas), asked, None)
 
 
-def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int]]:
-    """Token ids after the picture, without the last, and what to predict at each: IGNORE, then the answer."""
-    asked = tokenizer.encode(f"\n{question.text} ASSISTANT:", add_special_tokens=False)
-    answer = tokenizer.encode(f" {question.answer}{EOS}", add_special_tokens=False)
-    return asked + answer[:-1], [IGNORE] * (len(asked) - 1) + answer
+def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int], list[int]]:
+    """Token ids after the picture, without the last; what to predict at each: IGNORE, then the answer; verdicts."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    asked, answer = encode(f"\n{question.text} ASSISTANT:"), encode(f" {question.answer}{EOS}")
+    ids = asked + answer[:-1]
+    verdicts = [IGNORE] * len(ids)
+    right = question.options and question.options[LETTERS.index(question.answer)].split()
+    for letter, option in zip(LETTERS, question.options, strict=False):
+        before, _, _ = question.text.partition(f" {letter}. {option}")
+        words = option.split()
+        for number in range(1, len(words) + 1):
+            read = encode(f"\n{before} {letter}. {' '.join(words[:number])}")
+            verdicts[len(read) - 1] = int(words[:number] == right[:number])
+    return ids, [IGNORE] * (len(asked) - 1) + answer, verdicts
 
 
 def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]]) -> Group:
     encoded = [[encode_question(tokenizer, question) for question in questions] for questions in asked]
-    length = max(len(tokens) for row in encoded for tokens, _ in row)
+    length = max(len(tokens) for row in encoded for tokens, _, _ in row)
 
     def padded(part: int, filler: int) -> Tensor:
         return torch.tensor([[x[part] + [filler] * (length - len(x[part])) for x in row] for row in encoded])
 
     kinds = tuple(tuple(question.kind for question in questions) for questions in asked)
-    return Group(padded(0, tokenizer.get_vocab()[PAD]), padded(1, IGNORE), kinds)
+    return Group(padded(0, tokenizer.get_vocab()[PAD]), padded(1, IGNORE), padded(2, IGNORE), kinds)
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
@@ -126,7 +144,7 @@ def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batc
             for index in range(len(examples[0].questions))
             if examples[0].questions[index]
         ),
-        Patches(stack("name"), stack("colour"), stack("centre"), known),
+        Patches(stack("name"), stack("colour"), stack("quarter"), stack("centre"), known),
     )
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+NO_QUESTIONS = (0, 0, 0)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -16,7 +18,7 @@ class Stage:
     steps: int
     scenes: int  # a step
     part: int  # scenes that are computed at once; gradients are summed over the parts of a step
-    questions: tuple[int, int] = (0, 0)  # short and long ones a scene
+    questions: tuple[int, int, int] = NO_QUESTIONS  # short ones, choices and captions a scene
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     tower_rate: float = 2e-4
@@ -25,18 +27,23 @@ class Stage:
     easy_vqa: int = 0  # one part in so many is of easy-vqa's train split; 0 is none
 
 
+SLOWEST = ("position", "count")
+HARDEST = ("choice_position", "choice_knowledge")
 SLOW = ("colour", "position", "count", "choice_colour", "choice_position")
 STAGES = (
     Stage("align", 96, (3, 5), 1200, 48, 12, muon_rate=0.03, adam_rate=1.5e-3, decay=0.5),
-    Stage("detect", 56, (1, 2), 300, 16, 4, questions=(16, 0)),
-    Stage("choose", 96, (1, 4), 200, 16, 4, questions=(12, 4), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("bind", 96, (1, 5), 262, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW),
-    Stage("absent", 56, (1, 3), 300, 16, 4, questions=(16, 0)),
-    Stage("mix", 96, (1, 5), 384, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("all", 56, (1, 3), 700, 32, 8, questions=(8, 4), decay=0.2),
-    Stage("more", 96, (1, 5), 274, 16, 4, questions=(10, 6), muon_rate=0.015, adam_rate=1.5e-3),
-    Stage("letters", 56, (1, 3), 500, 16, 4, questions=(3, 13), decay=0.2),
-    Stage("options", 56, (1, 3), 400, 16, 4, questions=(5, 11), muon_rate=0.01, adam_rate=1e-3, decay=0.7),
-    Stage("wide", 192, (1, 6), 300, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, easy_vqa=8),
-    Stage("full", 192, (2, 12), 750, 8, 2, questions=(12, 10), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
+    Stage("detect", 56, (1, 2), 300, 16, 4, questions=(16, 0, 0)),
+    Stage("choose", 96, (1, 4), 200, 16, 4, questions=(12, 3, 1), muon_rate=0.015, adam_rate=1.5e-3),
+    Stage("bind", 96, (1, 5), 262, 16, 4, questions=(10, 5, 1), muon_rate=0.015, adam_rate=1.5e-3, focus=SLOW),
+    Stage("absent", 56, (1, 3), 300, 16, 4, questions=(16, 0, 0)),
+    Stage("mix", 96, (1, 5), 384, 16, 4, questions=(10, 5, 1), muon_rate=0.015, adam_rate=1.5e-3),
+    Stage("all", 56, (1, 3), 700, 32, 8, questions=(8, 3, 1), decay=0.2),
+    Stage("more", 96, (1, 5), 274, 16, 4, questions=(10, 5, 1), muon_rate=0.015, adam_rate=1.5e-3),
+    Stage("letters", 56, (1, 3), 500, 16, 4, questions=(3, 10, 3), decay=0.2),
+    Stage("options", 56, (1, 3), 400, 16, 4, questions=(5, 9, 2), muon_rate=0.01, adam_rate=1e-3, decay=0.7),
+    Stage("wide", 192, (1, 6), 300, 8, 2, questions=(12, 8, 2), muon_rate=0.01, adam_rate=1e-3, easy_vqa=8),
+    Stage("full", 192, (2, 12), 750, 8, 2, questions=(12, 8, 2), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
+    Stage("judge", 56, (1, 3), 500, 16, 4, (6, 10, 0), muon_rate=0.01, adam_rate=1e-3, decay=0.3, focus=SLOWEST),
+    Stage("places", 96, (2, 6), 560, 16, 4, (7, 10, 1), 0.01, 1e-3, decay=0.3, focus=(*SLOWEST, *HARDEST)),
+    Stage("whole", 192, (2, 12), 700, 8, 2, (10, 11, 1), 0.01, 1e-3, decay=0.6, focus=(*SLOWEST, *HARDEST), easy_vqa=5),
 )

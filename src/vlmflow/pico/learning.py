@@ -1,4 +1,7 @@
-"""The two lessons: patches name what they show, and questions are answered, each blind to the others."""
+"""The lessons: patches name what they show; questions are answered, each blind to the others; options are judged.
+
+The last is what letters wait for: the answer can only fetch the letter of an option that knows it is the right one.
+"""
 
 from dataclasses import dataclass
 
@@ -13,44 +16,46 @@ from vlmflow.pico.blockwise import Blocks
 from vlmflow.pico.scenes import COLOUR_NAMES, NAMES
 
 EMPTY_WEIGHT = 0.1
+VERDICT_LAYER = 7  # after so many decoder layers an option knows whether it is right; the others fetch its letter
 
 
 @dataclass(frozen=True)
-class PatchWords:
-    """Token ids of the words that patches are taught to name."""
+class TaughtWords:
+    """Token ids of the words that patches are taught to name, and options to judge themselves by."""
 
     names: Int[Tensor, " names"]
     colours: Int[Tensor, " colours"]
     rows: Int[Tensor, " 2"]  # top, bottom
     columns: Int[Tensor, " 2"]  # left, right
     centre: Int[Tensor, ""]  # "objects", in the patch that holds an object's centre: something to count
+    verdicts: Int[Tensor, " 2"]  # yes, no
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast) -> "PatchWords":
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> "TaughtWords":
         """Look the words up."""
 
         def ids(*words: str) -> Tensor:
             return torch.tensor([tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in words])
 
-        return cls(ids(*NAMES), ids(*COLOUR_NAMES), ids("top", "bottom"), ids("left", "right"), ids("objects")[0])
+        names, colours, centre = ids(*NAMES), ids(*COLOUR_NAMES), ids("objects")[0]
+        return cls(names, colours, ids("top", "bottom"), ids("left", "right"), centre, ids("yes", "no"))
 
 
 def naming_loss(
     features: Float[Tensor, "scenes patches width"],
     words: Float[Tensor, "vocabulary width"],
-    ids: PatchWords,
+    ids: TaughtWords,
     patches: Patches,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
-    """Every occupied patch names its object, colour, half and whether it is a centre; empty patches name nothing."""
+    """Every occupied patch names its object, that one's colour and quarter, and its centre; empty ones name nothing."""
     shown = patches.name >= 0
     empty = patches.known & ~shown
     occupied = features[shown]
-    side = round(features.shape[1] ** 0.5)
-    place = torch.arange(side * side).expand_as(patches.name)[shown]
+    quarters = patches.quarter[shown]
     names, colours = (F.linear(occupied, words[index]) for index in (ids.names, ids.colours))
     loss = F.cross_entropy(names, patches.name[shown]) + F.cross_entropy(colours, patches.colour[shown])
-    for index, half in ((ids.rows, place // side * 2 // side), (ids.columns, place % side * 2 // side)):
-        loss = loss + F.cross_entropy(F.linear(occupied, words[index]), half)
+    rows, columns = (F.linear(occupied, words[index]) for index in (ids.rows, ids.columns))
+    loss = loss + F.cross_entropy(rows, quarters // 2) + F.cross_entropy(columns, quarters % 2)
     centre = features @ words[ids.centre]
     loss = loss + F.binary_cross_entropy_with_logits(centre[shown], patches.centre[shown].float())
     nothing = F.linear(features[empty], words[torch.cat([ids.names, ids.colours, ids.centre[None]])])
@@ -58,6 +63,7 @@ def naming_loss(
     right = {
         "object": (names.argmax(-1) == patches.name[shown]).float().mean().item(),
         "color": (colours.argmax(-1) == patches.colour[shown]).float().mean().item(),
+        "place": (2 * rows.argmax(-1) + columns.argmax(-1) == quarters).float().mean().item(),
         "centre": ((centre[shown] > 0) == (patches.centre[shown] > 0)).float().mean().item(),
     }
     return loss, right
@@ -76,20 +82,42 @@ def read(
     features: Float[Tensor, "scenes patches width"],
     batch: Batch,
     opening: Int[Tensor, " opening"],
-) -> Float[Tensor, "answers vocabulary"]:
-    """Scores of every answer token, as answer_labels orders them; opening is the prompt before the picture."""
+) -> tuple[Float[Tensor, "answers vocabulary"], Float[Tensor, "words vocabulary"]]:
+    """Scores of every answer token, as answer_labels orders them, and at every word of an option half-way through.
+
+    opening is the prompt before the picture.
+    """
     decoder, scenes = model.model.language_model, len(features)
     ids = torch.cat([group.ids.flatten(1) for group in batch.groups], 1)
     blocks = Blocks(len(opening) + features.shape[1], tuple((g.ids.shape[1], g.ids.shape[2]) for g in batch.groups))
     embedded = torch.cat([decoder.embed_tokens(opening).expand(scenes, -1, -1), features, decoder.embed_tokens(ids)], 1)
-    hidden = decoder(
+    through = decoder(
         inputs_embeds=embedded,
         attention_mask=torch.zeros(1, 1, 1, 1),  # transformers lets a 4-D mask pass; the blocks decide
         position_ids=blocks.positions().expand(scenes, -1),
         use_cache=False,
+        output_hidden_states=True,
         blocks=blocks,
-    ).last_hidden_state
-    return model.lm_head(hidden[:, blocks.prefix :][answer_mask(batch)])
+    )
+    answering = through.last_hidden_state[:, blocks.prefix :][answer_mask(batch)]
+    judging = through.hidden_states[VERDICT_LAYER][:, blocks.prefix :][option_verdicts(batch) != IGNORE]
+    return model.lm_head(answering), model.lm_head(decoder.norm(judging))
+
+
+def option_verdicts(batch: Batch) -> Int[Tensor, "scenes tokens"]:
+    """The verdicts of all groups, one after the other."""
+    return torch.cat([group.verdicts.flatten(1) for group in batch.groups], 1)
+
+
+def verdict_loss(
+    scores: Float[Tensor, "words vocabulary"], yes_no: Int[Tensor, " 2"], batch: Batch
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Every word of an option says yes where the right one begins so, else no; and the share of these that say yes."""
+    verdicts = option_verdicts(batch)
+    verdicts = verdicts[verdicts != IGNORE]
+    said = scores[:, yes_no]
+    right = verdicts == 1
+    return F.cross_entropy(said, 1 - verdicts), {"verdict": (said[right].argmax(-1) == 0).float().mean().item()}
 
 
 def answer_labels(batch: Batch) -> Int[Tensor, "scenes tokens"]:

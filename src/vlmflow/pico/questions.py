@@ -41,6 +41,7 @@ class Question:
     kind: str
     text: str
     references: tuple[str, ...]
+    options: tuple[str, ...] = ()  # of a multiple choice, in the order of their letters
 
     @property
     def answer(self) -> str:
@@ -61,7 +62,7 @@ def _choice(rng: random.Random, kind: str, text: str, right: str, wrong: list[st
     options = [right, *wrong]
     rng.shuffle(options)
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return _ask(kind, f"{text} {listed}", LETTERS[options.index(right)])
+    return Question(kind, f"{text} {listed}", (LETTERS[options.index(right)],), tuple(options))
 
 
 def _absent(scene: Scene) -> list[str]:
@@ -242,7 +243,8 @@ SHORT = (
     (position,),
     (count,),
 )
-LONG = ((choice_colour,), (choice_identity,), (choice_position,), (choice_knowledge,), (caption,))
+CHOICES = ((choice_colour,), (choice_identity,), (choice_position,), (choice_knowledge,))
+CAPTIONS = ((caption,),)
 KINDS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
-    kind.__name__: kind for family in (*SHORT, *LONG) for kind in family
+    kind.__name__: kind for family in (*SHORT, *CHOICES, *CAPTIONS) for kind in family
 }

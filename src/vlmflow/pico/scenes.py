@@ -89,6 +89,7 @@ class PatchLabels:
 
     name: Int[np.ndarray, " patches"]
     colour: Int[np.ndarray, " patches"]
+    quarter: Int[np.ndarray, " patches"]  # of the picture, in which the object's centre lies: questions.PLACES' order
     centre: Int[np.ndarray, " patches"]  # 1 in the one patch that holds an object's centre, else 0
 
 
@@ -178,11 +179,12 @@ def patch_labels(scene: Scene) -> PatchLabels:
     """Label every patch that an object's box touches; where two boxes share a patch the later one has it."""
     side = scene.canvas // PATCH
     name = np.full((side, side), -1)
-    colour, centre = name.copy(), np.zeros_like(name)
+    colour, quarter, centre = name.copy(), name.copy(), np.zeros_like(name)
     for thing in scene.things:
         x, y, width, height = thing.box
         patches = np.s_[y // PATCH : (y + height - 1) // PATCH + 1, x // PATCH : (x + width - 1) // PATCH + 1]
         name[patches] = NAMES.index(thing.name)
         colour[patches] = COLOUR_NAMES.index(thing.colour)
+        quarter[patches] = 2 * (thing.centre[1] >= scene.canvas / 2) + (thing.centre[0] >= scene.canvas / 2)
         centre[int(thing.centre[1]) // PATCH, int(thing.centre[0]) // PATCH] = 1
-    return PatchLabels(name.ravel(), colour.ravel(), centre.ravel())
+    return PatchLabels(name.ravel(), colour.ravel(), quarter.ravel(), centre.ravel())

@@ -28,8 +28,17 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from vlmflow.pico.batches import IGNORE, Batch, collate, easy_example, opening_ids, scene_example
 from vlmflow.pico.blockwise import use_blocks
-from vlmflow.pico.curriculum import STAGES, Stage
-from vlmflow.pico.learning import PatchWords, answer_labels, answer_shares, naming_loss, read, right_by_kind, see
+from vlmflow.pico.curriculum import NO_QUESTIONS, STAGES, Stage
+from vlmflow.pico.learning import (
+    TaughtWords,
+    answer_labels,
+    answer_shares,
+    naming_loss,
+    read,
+    right_by_kind,
+    see,
+    verdict_loss,
+)
 from vlmflow.pico.model import build_model, resize_positions
 from vlmflow.pico.muon import Muon
 from vlmflow.pico.scenes import Split
@@ -39,11 +48,12 @@ SEED = 0
 HISTORY = "training.jsonl"  # of an exported folder
 THREADS = 2
 NAMING_WEIGHT = 0.3
+VERDICT_WEIGHT = 0.5
 WARMUP = 50  # steps
 LOG_EVERY = 20  # steps
 EXAM_EVERY = 100  # steps
 EXAM_SCENES = 48
-EXAM_QUESTIONS = (18, 8)
+EXAM_QUESTIONS = (18, 10, 1)
 AVERAGE = 0.99  # what the running average of the weights keeps at a step
 CHECKPOINT_SECONDS = 300
 
@@ -63,7 +73,7 @@ class Lesson:
 
     model: LlavaForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
-    words: PatchWords
+    words: TaughtWords
     opening: Int[Tensor, " opening"]
 
     @classmethod
@@ -73,7 +83,7 @@ class Lesson:
         if weights:
             model.load_state_dict(resize_positions(weights, stage.canvas))
         use_blocks(model)
-        return cls(model, tokenizer, PatchWords.of(tokenizer), opening_ids(tokenizer))
+        return cls(model, tokenizer, TaughtWords.of(tokenizer), opening_ids(tokenizer))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Report]:
         """The loss of a batch, and what to report of it."""
@@ -85,11 +95,15 @@ class Lesson:
             loss, right = naming_loss(features, embeddings.weight, self.words, batch.patches)
             report |= {"naming": loss.item(), "namings": 1} | right
         if batch.groups:
-            scores, labels = read(self.model, features, batch, self.opening), answer_labels(batch)
+            (scores, judged), labels = read(self.model, features, batch, self.opening), answer_labels(batch)
             each = F.cross_entropy(scores, labels[labels != IGNORE], reduction="none")
             answers = (each * answer_shares(batch)).sum()
             loss = answers + NAMING_WEIGHT * loss
             report |= {"loss": answers.item(), "losses": 1}
+            if len(judged):
+                verdicts, right = verdict_loss(judged, self.words.verdicts, batch)
+                loss = loss + VERDICT_WEIGHT * verdicts
+                report |= {"verdicts": 1} | right
             for kind, (right, asked) in right_by_kind(scores, batch).items():
                 report |= {f"{kind}/right": right, f"{kind}/asked": asked}
         return loss, report
@@ -113,7 +127,7 @@ def make_optimizers(model: LlavaForConditionalGeneration, stage: Stage) -> list[
     hidden: list[nn.Parameter] = []
     tower: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    aligning = stage.questions == (0, 0)
+    aligning = stage.questions == NO_QUESTIONS
     for name, weight in model.named_parameters():
         sees = "vision_tower" in name or "multi_modal_projector" in name
         inner = weight.ndim == 2 and ".layers." in name
@@ -253,7 +267,7 @@ class Run:
 
     def exam(self, stage: Stage, weights: dict[str, Tensor], split: Split) -> Report:
         """How the averaged weights do on scenes that training never shows: summed reports as in training."""
-        lesson, questions = Lesson.start(stage, weights), EXAM_QUESTIONS if stage.questions[0] else (0, 0)
+        lesson, questions = Lesson.start(stage, weights), EXAM_QUESTIONS if any(stage.questions) else NO_QUESTIONS
 
         def part(first: int) -> Report:
             seeds = range(first, first + stage.part)
@@ -286,9 +300,11 @@ def means(report: Report) -> Report:
     """Means of summed reports: losses, patch accuracies, and the accuracy of each kind."""
     row: Report = {}
     if "namings" in report:
-        row |= {name: report[name] / report["namings"] for name in ("naming", "object", "color", "centre")}
+        row |= {name: report[name] / report["namings"] for name in ("naming", "object", "color", "place", "centre")}
     if "losses" in report:
         row["loss"] = report["loss"] / report["losses"]
+    if "verdicts" in report:
+        row["verdict"] = report["verdict"] / report["verdicts"]
     for name in sorted(report):
         if name.endswith("/asked"):
             kind = name.removesuffix("/asked")
