@@ -9,14 +9,20 @@ the memory. ``bench/report.py`` turns the JSON files into the tables and the pic
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import stages
 import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as recorded
 
+from vlmflow.engine import attach
 from vlmflow.geometry import Geometry
+from vlmflow.synthetic import random_prompt
 
 NARROW = Geometry(hidden=1024, intermediate=2816, layers=16, heads=16, kv_heads=16, head_dim=64, vocab=32064)
+TOP = 8  # operations of a profile
 
 
 def prefill(dry: bool, name: str, dtype: torch.dtype, every: bool) -> dict[str, Any]:
@@ -27,6 +33,31 @@ def prefill(dry: bool, name: str, dtype: torch.dtype, every: bool) -> dict[str, 
     chosen = {"keep all": stages.keep_all(layers)} | (pruners if every else {"himap": pruners["himap"]})
     point = stages.measure(model, chosen, 576, batch=1, repeats=2, bare=True, dry=dry)
     return stages.described(model) | {"name": name, "points": [point]}
+
+
+def profile(dry: bool) -> dict[str, Any]:
+    """Which tensor operations one prefill spends its time in, unpruned and under HiMAP."""
+    model = stages.subject("llava-1.5-7b", dry, torch.bfloat16)
+    inputs = random_prompt(model, 16 if dry else 576, stages.TEXT, 1)
+    himap = stages.methods(len(model.model.language_model.layers))["himap"]
+    rows = []
+    for name in ("none", "himap"):
+        pruned = attach(model, himap) if name == "himap" else nullcontext()
+        with pruned, torch.inference_mode(), recorded(activities=[ProfilerActivity.CPU]) as seen:
+            model(**inputs, logits_to_keep=1)
+        events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        whole = sum(event.self_cpu_time_total for event in events)
+        rows += [
+            {
+                "method": name,
+                "operation": event.key,
+                "calls": event.count,
+                "seconds": event.self_cpu_time_total / 1e6,
+                "share": event.self_cpu_time_total / whole,
+            }
+            for event in events[:TOP]
+        ]
+    return stages.described(model) | {"name": "llava-1.5-7b", "rows": rows}
 
 
 def decode(dry: bool) -> dict[str, Any]:
@@ -54,6 +85,7 @@ STAGES = {
     "prefill-7b-bfloat16": lambda dry: prefill(dry, "llava-1.5-7b", torch.bfloat16, every=True),
     "prefill-7b-float32": lambda dry: prefill(dry, "llava-1.5-7b", torch.float32, every=False),
     "prefill-13b-bfloat16": lambda dry: prefill(dry, "llava-1.5-13b", torch.bfloat16, every=False),
+    "profile": profile,
     "decode": decode,
     "protocols": protocols,
 }

@@ -64,11 +64,21 @@ def test_a_run_counts_tokens_and_bytes(model, prompts, pruner):
     """The cache holds, to the byte, what the cost model says for the prompt and all but the last new token."""
     timing = run(model, Request(prompts, new_tokens=5), pruner)
     assert len(timing.decode) == 4
-    assert min(timing.vision, timing.prefill, *timing.decode) > 0
-    assert timing.parts["ttft"] == timing.vision + timing.prefill
-    assert timing.parts["total"] == pytest.approx(timing.vision + timing.prefill + sum(timing.decode))
+    assert min(timing.vision, timing.decoder, timing.head, *timing.decode) > 0
+    assert timing.parts["prefill"] == timing.decoder + timing.head
+    assert timing.parts["ttft"] == timing.vision + timing.parts["prefill"]
+    assert timing.parts["total"] == pytest.approx(timing.parts["ttft"] + sum(timing.decode))
     schedule = pruner.schedule(6, 50)
     assert timing.kv_bytes == 3 * sum(kv_bytes(GEOMETRY, schedule, 7, decoded=4, dtype_bytes=4))
+
+
+def test_the_decoders_time_ends_before_lm_head(model, prompts, monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr("vlmflow.latency.time.perf_counter", lambda: float(next(ticks)))
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: [next(ticks) for _ in range(5)] and None)
+    timing = run(model, Request(prompts), Unpruned())
+    hook.remove()
+    assert (timing.vision, timing.decoder, timing.head) == (1, 1, 6)
 
 
 def test_the_papers_protocol_reads_the_whole_text_each_time(model, prompts):
@@ -96,7 +106,7 @@ def test_runs_are_interleaved_and_the_first_round_is_not_counted(model, prompts,
 
     def fake(_model, _request, pruner):
         seen.append(type(pruner).__name__)
-        return Timing(1.0, float(len(seen)), (), None, 0)
+        return Timing(1.0, float(len(seen)), 0.0, (), None, 0)
 
     monkeypatch.setattr("vlmflow.latency.run", fake)
     found = compare(model, Request(prompts), {"himap": HiMAP(k1=1, k2=3), "vtw": VTW(k=3)}, repeats=2)
@@ -114,8 +124,8 @@ def test_ratio_and_what_does_not_pay():
     assert Ratio.of([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == Ratio(2.0, 2.0, 2.0)
     noisy = Ratio.of([1.0, 3.0, 2.0], [2.0, 1.0, 3.0])
     assert noisy.low < 1 < noisy.high
-    base = [Timing(1.0, 2.0, (), None, 0)] * 3
-    slow = [Timing(1.0, 3.0, (), None, 0)] * 3
+    base = [Timing(1.0, 1.5, 0.5, (), None, 0)] * 3
+    slow = [Timing(1.0, 2.5, 0.5, (), None, 0)] * 3
     rows = {
         "none": Latency.of(Unpruned(), 1.0, base, base),
         "fastv": Latency.of(FastV(), 2.0, base, slow),

@@ -41,23 +41,28 @@ class Request:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run, in seconds: until the decoder starts, from there to the first token, then each further token.
+    """One run, in seconds: until the decoder starts, until it ends, to the first token, then each further token.
 
     ``peak_bytes`` is the most memory held above what was held before, None where the platform does not tell;
     ``kv_bytes`` what the KV cache holds at the end.
     """
 
     vision: float
-    prefill: float
+    decoder: float
+    head: float
     decode: tuple[float, ...]
     peak_bytes: int | None
     kv_bytes: int
 
     @property
     def parts(self) -> dict[str, float]:
-        """What is compared: ``ttft`` is the time to first token, ``tpot`` the median per output token after it."""
-        first = self.vision + self.prefill
-        parts = {"vision": self.vision, "prefill": self.prefill, "ttft": first}
+        """What is compared: ``ttft`` is the time to first token, ``tpot`` the median per output token after it.
+
+        ``prefill`` is the decoder and what follows it to the first token (lm_head above all), ``decoder`` that alone.
+        """
+        prefill = self.decoder + self.head
+        first = self.vision + prefill
+        parts = {"vision": self.vision, "decoder": self.decoder, "prefill": prefill, "ttft": first}
         if self.decode:
             parts["tpot"] = statistics.median(self.decode)
         return parts | {"total": first + sum(self.decode)}
@@ -163,6 +168,7 @@ def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
 
     decoder = Target.find(model).text
     entry = decoder.register_forward_pre_hook(lambda *_: stamp() if len(stamps) == 1 else None)
+    exit_ = decoder.register_forward_hook(lambda *_: stamp() if len(stamps) == 2 else None)
     answer = _generate if request.protocol == "deployed" else _reread
     try:
         with _attached(model, pruner), torch.inference_mode(), peak_memory(device) as peak:
@@ -170,9 +176,10 @@ def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
             kv_bytes = answer(model, request, stamp)
     finally:
         entry.remove()
-    start, entered, *tokens = stamps
+        exit_.remove()
+    start, entered, left, *tokens = stamps
     decode = tuple(after - before for before, after in pairwise(tokens))
-    return Timing(entered - start, tokens[0] - entered, decode, peak(), kv_bytes)
+    return Timing(entered - start, left - entered, tokens[0] - left, decode, peak(), kv_bytes)
 
 
 def read(model: nn.Module, request: Request, pruner: Pruner) -> Trace:
