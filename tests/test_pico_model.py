@@ -11,9 +11,10 @@ from vlmflow.pico import MODEL_DIR, checksum
 from vlmflow.pico.batches import IGNORE, collate, encode_question, opening_ids, scene_example
 from vlmflow.pico.blockwise import use_blocks
 from vlmflow.pico.learning import (
-    VERDICT_LAYER,
+    HALF_WAY,
     TaughtWords,
     answer_labels,
+    counting_loss,
     option_verdicts,
     read,
     right_by_kind,
@@ -97,7 +98,7 @@ def test_blocks_equal_separate_prompts_through_the_stock_model(examples):
     model, processor = build_model(CANVAS, seed=1).eval(), build_processor(CANVAS)
     batch = collate(processor.tokenizer, examples)
     opening = opening_ids(processor.tokenizer)
-    expected, judged = [], []
+    expected, judged, counted = [], [], []
     with torch.no_grad():
         for number in range(len(examples)):
             for group in batch.groups:
@@ -108,12 +109,14 @@ def test_blocks_equal_separate_prompts_through_the_stock_model(examples):
                     pixels = batch.pixels[number : number + 1]
                     through = model(input_ids=prompt, pixel_values=pixels, output_hidden_states=True)
                     expected.append(through.logits[0, -len(ids) :][labels != IGNORE])
-                    half_way = through.hidden_states[VERDICT_LAYER][0, -len(ids) :][verdicts != IGNORE]
-                    judged.append(model.lm_head(model.model.language_model.norm(half_way)))
+                    half_way = model.lm_head(model.model.language_model.norm(through.hidden_states[HALF_WAY][0]))
+                    judged.append(half_way[-len(ids) :][verdicts != IGNORE])
+            counted.append(half_way[len(opening) : len(opening) + len(picture)])
         use_blocks(model)
-        scores, verdicts = read(model, see(model, batch.pixels), batch, opening)
-    torch.testing.assert_close(scores, torch.cat(expected), atol=1e-5, rtol=0)
-    torch.testing.assert_close(verdicts, torch.cat(judged), atol=1e-5, rtol=0)
+        reading = read(model, see(model, batch.pixels), batch, opening)
+    torch.testing.assert_close(reading.answers, torch.cat(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reading.options, torch.cat(judged), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reading.patches, torch.stack(counted), atol=1e-5, rtol=0)
 
 
 def test_options_are_judged_word_by_word():
@@ -138,6 +141,20 @@ def test_a_right_verdict_costs_nothing(examples):
         loss, report = verdict_loss(sign * scores, words.verdicts, batch)
         assert loss.item() == pytest.approx(cost, abs=1e-6)
         assert report["verdict"] == share
+
+
+def test_patches_count_the_objects_so_far(examples):
+    batch, numbers = collate(build_tokenizer(), examples), TaughtWords.of(build_tokenizer()).numbers
+    assert [build_tokenizer().decode(number).strip() for number in numbers] == [str(n) for n in range(13)]
+    centre = batch.patches.centre
+    assert centre.sum(1).tolist() == [len(example.scene.things) for example in examples]
+    so_far = torch.stack([centre[:, : patch + 1].sum(1) for patch in range(centre.shape[1])], 1)
+    right = 50 * torch.nn.functional.one_hot(numbers[so_far], len(build_tokenizer())).float()
+    loss, report = counting_loss(right, numbers, batch.patches)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert report["sum"] == 1
+    loss, report = counting_loss(right.roll(1, dims=1), numbers, batch.patches)
+    assert loss.item() > 1
 
 
 def test_right_means_every_token_of_the_answer(examples):

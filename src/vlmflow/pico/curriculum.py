@@ -45,5 +45,5 @@ STAGES = (
     Stage("full", 192, (2, 12), 750, 8, 2, questions=(12, 8, 2), muon_rate=0.01, adam_rate=1e-3, decay=0.5, easy_vqa=8),
     Stage("judge", 56, (1, 3), 500, 16, 4, (6, 10, 0), muon_rate=0.01, adam_rate=1e-3, decay=0.3, focus=SLOWEST),
     Stage("places", 96, (2, 6), 560, 16, 4, (7, 10, 1), 0.01, 1e-3, decay=0.3, focus=(*SLOWEST, *HARDEST)),
-    Stage("whole", 192, (2, 12), 700, 8, 2, (10, 11, 1), 0.01, 1e-3, decay=0.6, focus=(*SLOWEST, *HARDEST), easy_vqa=5),
+    Stage("whole", 192, (2, 12), 650, 8, 2, (11, 10, 1), 0.01, 1e-3, decay=0.6, focus=(*SLOWEST, *HARDEST), easy_vqa=5),
 )

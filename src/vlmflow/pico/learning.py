@@ -1,6 +1,7 @@
-"""The lessons: patches name what they show; questions are answered, each blind to the others; options are judged.
+"""The lessons: patches name what they show, questions are answered, each blind to the others; and two half-way.
 
-The last is what letters wait for: the answer can only fetch the letter of an option that knows it is the right one.
+Half-way through the decoder options judge themselves, since an answer can only fetch the letter of an option that knows
+it is the right one; and patches number the objects so far, since an answer can only fetch a sum that somebody made.
 """
 
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from vlmflow.pico.blockwise import Blocks
 from vlmflow.pico.scenes import COLOUR_NAMES, NAMES
 
 EMPTY_WEIGHT = 0.1
-VERDICT_LAYER = 7  # after so many decoder layers an option knows whether it is right; the others fetch its letter
+MOST = 12  # objects
+HALF_WAY = 7  # decoder layers after which options know whether they are right; the others fetch the letter
 
 
 @dataclass(frozen=True)
 class TaughtWords:
-    """Token ids of the words that patches are taught to name, and options to judge themselves by."""
+    """Token ids of the words that patches are taught to name and count by, and options to judge themselves by."""
 
     names: Int[Tensor, " names"]
     colours: Int[Tensor, " colours"]
@@ -29,6 +31,7 @@ class TaughtWords:
     columns: Int[Tensor, " 2"]  # left, right
     centre: Int[Tensor, ""]  # "objects", in the patch that holds an object's centre: something to count
     verdicts: Int[Tensor, " 2"]  # yes, no
+    numbers: Int[Tensor, " numbers"]  # from 0
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> "TaughtWords":
@@ -38,7 +41,8 @@ class TaughtWords:
             return torch.tensor([tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in words])
 
         names, colours, centre = ids(*NAMES), ids(*COLOUR_NAMES), ids("objects")[0]
-        return cls(names, colours, ids("top", "bottom"), ids("left", "right"), centre, ids("yes", "no"))
+        numbers = ids(*map(str, range(MOST + 1)))
+        return cls(names, colours, ids("top", "bottom"), ids("left", "right"), centre, ids("yes", "no"), numbers)
 
 
 def naming_loss(
@@ -69,6 +73,15 @@ def naming_loss(
     return loss, right
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Scores of every answer token, as answer_labels orders them; half-way, at every word of an option and patch."""
+
+    answers: Float[Tensor, "answers vocabulary"]
+    options: Float[Tensor, "words vocabulary"]
+    patches: Float[Tensor, "scenes patches vocabulary"]
+
+
 def see(
     model: LlavaForConditionalGeneration, pixels: Float[Tensor, "scenes 3 canvas canvas"]
 ) -> Float[Tensor, "scenes patches width"]:
@@ -82,11 +95,8 @@ def read(
     features: Float[Tensor, "scenes patches width"],
     batch: Batch,
     opening: Int[Tensor, " opening"],
-) -> tuple[Float[Tensor, "answers vocabulary"], Float[Tensor, "words vocabulary"]]:
-    """Scores of every answer token, as answer_labels orders them, and at every word of an option half-way through.
-
-    opening is the prompt before the picture.
-    """
+) -> Reading:
+    """Read the questions about pictures; opening is the prompt before the picture."""
     decoder, scenes = model.model.language_model, len(features)
     ids = torch.cat([group.ids.flatten(1) for group in batch.groups], 1)
     blocks = Blocks(len(opening) + features.shape[1], tuple((g.ids.shape[1], g.ids.shape[2]) for g in batch.groups))
@@ -99,9 +109,12 @@ def read(
         output_hidden_states=True,
         blocks=blocks,
     )
-    answering = through.last_hidden_state[:, blocks.prefix :][answer_mask(batch)]
-    judging = through.hidden_states[VERDICT_LAYER][:, blocks.prefix :][option_verdicts(batch) != IGNORE]
-    return model.lm_head(answering), model.lm_head(decoder.norm(judging))
+    half_way = through.hidden_states[HALF_WAY]
+    return Reading(
+        model.lm_head(through.last_hidden_state[:, blocks.prefix :][answer_mask(batch)]),
+        model.lm_head(decoder.norm(half_way[:, blocks.prefix :][option_verdicts(batch) != IGNORE])),
+        model.lm_head(decoder.norm(half_way[:, len(opening) : blocks.prefix])),
+    )
 
 
 def option_verdicts(batch: Batch) -> Int[Tensor, "scenes tokens"]:
@@ -118,6 +131,16 @@ def verdict_loss(
     said = scores[:, yes_no]
     right = verdicts == 1
     return F.cross_entropy(said, 1 - verdicts), {"verdict": (said[right].argmax(-1) == 0).float().mean().item()}
+
+
+def counting_loss(
+    scores: Float[Tensor, "scenes patches vocabulary"], numbers: Int[Tensor, " numbers"], patches: Patches
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Every patch says how many objects have their centre in it or before it; the share of pictures summed up right."""
+    known = patches.known.all(1)
+    so_far, said = patches.centre[known].cumsum(1), scores[known][..., numbers]
+    summed = (said[:, -1].argmax(-1) == so_far[:, -1]).float().mean().item()
+    return F.cross_entropy(said.flatten(0, 1), so_far.flatten()), {"sum": summed}
 
 
 def answer_labels(batch: Batch) -> Int[Tensor, "scenes tokens"]:

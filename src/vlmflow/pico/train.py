@@ -33,6 +33,7 @@ from vlmflow.pico.learning import (
     TaughtWords,
     answer_labels,
     answer_shares,
+    counting_loss,
     naming_loss,
     read,
     right_by_kind,
@@ -49,6 +50,7 @@ HISTORY = "training.jsonl"  # of an exported folder
 THREADS = 2
 NAMING_WEIGHT = 0.3
 VERDICT_WEIGHT = 0.5
+COUNTING_WEIGHT = 0.2
 WARMUP = 50  # steps
 LOG_EVERY = 20  # steps
 EXAM_EVERY = 100  # steps
@@ -95,16 +97,20 @@ class Lesson:
             loss, right = naming_loss(features, embeddings.weight, self.words, batch.patches)
             report |= {"naming": loss.item(), "namings": 1} | right
         if batch.groups:
-            (scores, judged), labels = read(self.model, features, batch, self.opening), answer_labels(batch)
-            each = F.cross_entropy(scores, labels[labels != IGNORE], reduction="none")
+            reading, labels = read(self.model, features, batch, self.opening), answer_labels(batch)
+            each = F.cross_entropy(reading.answers, labels[labels != IGNORE], reduction="none")
             answers = (each * answer_shares(batch)).sum()
             loss = answers + NAMING_WEIGHT * loss
             report |= {"loss": answers.item(), "losses": 1}
-            if len(judged):
-                verdicts, right = verdict_loss(judged, self.words.verdicts, batch)
+            if len(reading.options):
+                verdicts, right = verdict_loss(reading.options, self.words.verdicts, batch)
                 loss = loss + VERDICT_WEIGHT * verdicts
                 report |= {"verdicts": 1} | right
-            for kind, (right, asked) in right_by_kind(scores, batch).items():
+            if batch.patches.known.any():
+                sums, right = counting_loss(reading.patches, self.words.numbers, batch.patches)
+                loss = loss + COUNTING_WEIGHT * sums
+                report |= {"sums": 1} | right
+            for kind, (right, asked) in right_by_kind(reading.answers, batch).items():
                 report |= {f"{kind}/right": right, f"{kind}/asked": asked}
         return loss, report
 
@@ -305,6 +311,8 @@ def means(report: Report) -> Report:
         row["loss"] = report["loss"] / report["losses"]
     if "verdicts" in report:
         row["verdict"] = report["verdict"] / report["verdicts"]
+    if "sums" in report:
+        row["sum"] = report["sum"] / report["sums"]
     for name in sorted(report):
         if name.endswith("/asked"):
             kind = name.removesuffix("/asked")
