@@ -9,7 +9,11 @@ the memory. ``bench/report.py`` turns the JSON files into the tables and the pic
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import stages
@@ -19,6 +23,7 @@ from torch.profiler import profile as recorded
 
 from vlmflow.engine import attach
 from vlmflow.geometry import Geometry
+from vlmflow.latency import machine
 from vlmflow.synthetic import random_prompt
 
 NARROW = Geometry(hidden=1024, intermediate=2816, layers=16, heads=16, kv_heads=16, head_dim=64, vocab=32064)
@@ -81,6 +86,20 @@ def protocols(dry: bool) -> dict[str, Any]:
     return stages.described(model) | {"points": points}
 
 
+def saliency(dry: bool) -> dict[str, Any]:
+    """Following the flow beside a plain forward and backward, and beside keeping every attention matrix."""
+    script = Path(__file__).with_name("saliency.py")
+    small = ["--tokens", "150", "--layers", "2", "--hidden", "64", "--heads", "4"]
+    run = subprocess.run(
+        [sys.executable, str(script), *(small if dry else [])], capture_output=True, text=True, check=True
+    )
+    found = json.loads(run.stdout.splitlines()[-1])
+    settings = found["settings"]
+    described = {"geometry": f"{settings['layers']} layers, {settings['hidden']} wide", "dtype": "float32"}
+    where = machine(torch.device("cpu")) | {"threads": settings["threads"]}
+    return described | {"machine": where, "rows": found["rows"], "settings": settings}
+
+
 STAGES = {
     "prefill-7b-bfloat16": lambda dry: prefill(dry, "llava-1.5-7b", torch.bfloat16, every=True),
     "prefill-7b-float32": lambda dry: prefill(dry, "llava-1.5-7b", torch.float32, every=False),
@@ -88,6 +107,7 @@ STAGES = {
     "profile": profile,
     "decode": decode,
     "protocols": protocols,
+    "saliency": saliency,
 }
 
 if __name__ == "__main__":

@@ -110,6 +110,20 @@ def protocols(record: dict[str, Any]) -> str:
     return f"{source(record)}\n\n{table(['protocol', 'method', '64 tokens', 'times as fast'], rows)}\n\n{both}"
 
 
+def saliency(record: dict[str, Any]) -> str:
+    """Time and memory of saliency as multiples of a plain forward and backward."""
+    rows = []
+    for row in record["rows"]:
+        cells = [str(row["tokens"]), row["method"]]
+        if not row["fits"]:
+            rows.append([*cells, "does not fit", "", "", ""])
+            continue
+        memory, time = f"{row['memory_ratio']:.2f}", f"{row['time_ratio']:.2f}"
+        rows.append([*cells, f"{row['mb']:.0f} MB", memory, seconds(row["seconds"]), time])
+    header = ["prompt tokens", "method", "peak memory", "of plain", "time", "of plain"]
+    return f"{source(record)}\n\n{table(header, rows)}"
+
+
 def laws(record: dict[str, Any]) -> str:
     """The test suite's law files, test by test."""
     rows = [
@@ -241,6 +255,7 @@ CPU: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu-profile": profile,
     "cpu-decode": decode,
     "cpu-protocols": protocols,
+    "cpu-saliency": saliency,
 }
 GPU: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu-laws": laws,
@@ -280,17 +295,22 @@ def picture(folder: Path, path: Path) -> None:
         promises(path, panels, "What theory promises, and what was measured")
 
 
+def put(page: str, name: str, body: str) -> str:
+    """The page with one block written anew."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise SystemExit(f"the page must have one block {begin} ... {end}")
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", page)
+
+
 def filled(page: str, folder: Path) -> str:
     """The page with every block written anew."""
     for name, render in BLOCKS.items():
         machine, _, stage = name.partition("-")
         record = load(folder, name)
         body = render(record) if record else NEVER.format(command=f"python bench/{machine}.py {stage}")
-        marks = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(f"{marks[0]}.*?{marks[1]}", re.DOTALL)
-        if len(pattern.findall(page)) != 1:
-            raise SystemExit(f"{PAGE.name} must have one block {marks[0]} ... {marks[1]}")
-        page = pattern.sub(lambda _, text=f"{marks[0]}\n{body}\n{marks[1]}": text, page)
+        page = put(page, name, body)
     return page
 
 
