@@ -39,7 +39,9 @@ class Layout:
 
         ``attention_mask`` (batch, length) is 0 where a prompt is padded; None means that nothing is.
         """
-        image = torch.isin(input_ids, torch.tensor(list(image_token_ids), device=input_ids.device))
+        image = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token_id in image_token_ids:  # by plain numbers: a list of them would be copied to the device
+            image |= input_ids == token_id
         padding = torch.zeros_like(image) if attention_mask is None else ~attention_mask.bool()
         return cls(image & ~padding, padding)
 

@@ -324,7 +324,7 @@ class Random(Pruner):
     def score(self, view: View) -> Float[Tensor, "batch image"]:
         """A uniform draw for each token."""
         generator = torch.Generator().manual_seed(self.seed)
-        draws = torch.rand(max(view.total), generator=generator).to(view.ordinal.device)
+        draws = torch.rand(max(view.total), generator=generator).to(view.ordinal.device, non_blocking=True)
         return draws[view.ordinal]
 
 
@@ -348,7 +348,7 @@ class Uniform(Pruner):
         grid = torch.zeros(len(view.total), max(view.total))
         for sample, (total, keep) in enumerate(zip(view.total, view.keep, strict=True)):
             grid[sample, [(2 * j + 1) * total // (2 * keep) for j in range(keep)]] = 1
-        return torch.take_along_dim(grid.to(view.ordinal.device), view.ordinal, dim=1)
+        return torch.take_along_dim(grid.to(view.ordinal.device, non_blocking=True), view.ordinal, dim=1)
 
 
 @dataclass(frozen=True)

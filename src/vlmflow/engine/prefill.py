@@ -68,6 +68,8 @@ class Prefill:
     past: int  # logical positions already in the cache
     selection: Selection
     stages: dict[int, tuple[Stage, ...]]  # by layer, one stage a sample
+    keep: dict[int, tuple[int, ...]]  # by layer, the image tokens that a sample has from there on
+    quota: dict[int, Int[Tensor, " batch"]]  # the same, where the states are
     history: dict[int, Selection] = field(default_factory=dict)  # by the layer that first saw it
     deepstack: dict[int, Tensor] = field(default_factory=dict)  # visual features to add, by the layer they enter
     deepstack_row: Int[Tensor, "batch length"] | None = None  # the features' row for each prompt position
@@ -95,7 +97,12 @@ class Prefill:
         if any(image_tokens):
             samples = [pruner.checked_stages(n_layers, count) for count in image_tokens]
             stages = {row[0].layer: row for row in zip(*samples, strict=True)}
-        prefill = cls(pruner, layout, past, selection, stages, history={0: selection})
+        keep, left = {}, image_tokens
+        for layer_idx, row in stages.items():
+            left = keep[layer_idx] = tuple(min(stage.keep, count) for stage, count in zip(row, left, strict=True))
+        quotas = torch.tensor(list(keep.values()), dtype=torch.long).to(image.device, non_blocking=True)
+        quota = dict(zip(keep, quotas, strict=True))
+        prefill = cls(pruner, layout, past, selection, stages, keep, quota, history={0: selection})
         prefill._check_question()
         return prefill
 
@@ -139,7 +146,7 @@ class Prefill:
 
     def apply(self, layer_idx: int, hidden: Float[Tensor, "batch length hidden"]) -> Tensor:
         """Drop the image tokens that lose at the stage before ``layer_idx``."""
-        now, row = self.selection, self.stages[layer_idx]
+        now, row, keep = self.selection, self.stages[layer_idx], self.keep[layer_idx]
         if row[0].queries is not None and self.rows is None:
             raise RuntimeError(
                 f"{self.pruner}: layer {row[0].scored_layer} did not call its kernel through transformers' attention "
@@ -147,7 +154,6 @@ class Prefill:
             )
         column = right_align(now.image, max(now.image_tokens))
         valid = torch.gather(now.image, 1, column)
-        keep = tuple(min(stage.keep, count) for stage, count in zip(row, now.image_tokens, strict=True))
         survives = torch.zeros_like(valid)
         if any(keep):
             with torch.no_grad():
@@ -155,8 +161,7 @@ class Prefill:
             score = score.to(valid.device).masked_fill(~valid, -torch.inf)
             order = torch.argsort(score, dim=1, descending=True, stable=True)
             rank = torch.arange(valid.shape[1], device=valid.device).expand_as(order)
-            quota = torch.tensor(keep, device=valid.device)[:, None]
-            survives = survives.scatter(1, order, rank < quota) & valid
+            survives = survives.scatter(1, order, rank < self.quota[layer_idx][:, None]) & valid
         kept_image = torch.zeros_like(now.image).scatter(1, column, survives)
         self.selection, order = now.keep((now.valid & ~now.image) | kept_image, keep)
         self.history[layer_idx] = self.selection

@@ -163,7 +163,7 @@ class Session:
         table = self._target.core.get_input_embeddings()
         image = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         for token_id in self._target.image_token_ids:
-            image |= (embeds == table(torch.tensor(token_id, device=embeds.device))).all(-1)
+            image |= (embeds == table(torch.full((), token_id, device=embeds.device))).all(-1)
         return image
 
     def _leave_model(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
