@@ -351,6 +351,9 @@ def test_show_draws_patches(tmp_path):
     [
         (["saliency"], "name either a --task or a file of --samples"),
         (["saliency", "--task", "pico", "--samples", "x.jsonl"], "name either a --task or a file of --samples"),
+        (["saliency", "--samples", "x.jsonl", "--source", "x"], "--source goes with --task"),
+        (["saliency", "--task", "aokvqa", "--source", "gone"], "gone: no such file"),
+        (["saliency", "--task", "easy_vqa", "--split", "middle"], "easy_vqa: split must be test or train"),
         (["knockout", "--task", "poetry"], "unknown task 'poetry'; choose from"),
         (["knockout", "--task", "pico", "--limit", "1", "--windows", "3"], "windows must be 1, 2 or 5, got 3"),
         (["knockout", "--task", "pico", "--limit", "1", "--layers", "4-2"], "--layers wants numbers and ranges"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,6 +53,11 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     if broken is not None:
         raise ValueError(f"--set wants field=value, such as k1=2, got {broken!r}")
     return {name.strip(): value.strip() for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def absolute(path: Path | None) -> Path | None:
+    """A path that means the same wherever a worker runs."""
+    return path and path.resolve()
 
 
 def plain_table(*columns: str) -> Table:

@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, load_model, notes, refusals
-from vlmflow.cli.evaluate import JsonOption, LimitOption, OutOption, bars, show, stoppable
+from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, absolute, load_model, notes, refusals
+from vlmflow.cli.evaluate import (
+    ConfigOption,
+    HubOption,
+    ImagesOption,
+    JsonOption,
+    LimitOption,
+    OutOption,
+    RevisionOption,
+    SourceOption,
+    SplitOption,
+    bars,
+    show,
+    stoppable,
+)
 from vlmflow.evaluate.folder import versions, write_json
 from vlmflow.tasks import TASKS, Source, Task
 
@@ -37,6 +50,12 @@ def saliency(
     model: ModelOption = "pico",
     task: TaskOption = None,
     samples: SamplesOption = None,
+    source: SourceOption = None,
+    images: ImagesOption = None,
+    hub: HubOption = "new",
+    config: ConfigOption = None,
+    split: SplitOption = None,
+    revision: RevisionOption = None,
     limit: LimitOption = None,
     layers: LayersOption = "",
     seed: SeedOption = 0,
@@ -46,10 +65,12 @@ def saliency(
 ) -> None:
     """What system, image and instruction tokens contribute, layer by layer (Eq. 1 to 6, Figures 2, 3 and 9)."""
     with refusals():
-        chosen, source, named = *_task(task, samples), _layers(layers)
+        chosen = _task(task, samples, source)
+        where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
+        named = _layers(layers)
         from vlmflow.experiments.saliency import ByLayer
 
-    summary = _study(chosen, source, limit, seed, ByLayer(named), out_dir, model, device, dtype)
+    summary = _study(chosen, where, limit, seed, ByLayer(named), out_dir, model, device, dtype)
     from vlmflow import plots
 
     measures, title, where = summary["measures"], _title(summary), summary["settings"]["examined"]
@@ -73,6 +94,12 @@ def knockout(
     model: ModelOption = "pico",
     task: TaskOption = None,
     samples: SamplesOption = None,
+    source: SourceOption = None,
+    images: ImagesOption = None,
+    hub: HubOption = "new",
+    config: ConfigOption = None,
+    split: SplitOption = None,
+    revision: RevisionOption = None,
     limit: LimitOption = None,
     layers: LayersOption = "",
     windows: Annotated[int, typer.Option(help="How many layers are blocked together: 1, 2 or 5.")] = 2,
@@ -83,11 +110,13 @@ def knockout(
 ) -> None:
     """What the prediction loses when a flow is blocked in some layers (Eq. 7, Figures 4 and 5)."""
     with refusals():
-        chosen, source, named = *_task(task, samples), _layers(layers)
+        chosen = _task(task, samples, source)
+        where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
+        named = _layers(layers)
         from vlmflow.experiments.knockout import ByWindow
 
         experiment = ByWindow(named, windows)
-    summary = _study(chosen, source, limit, seed, experiment, out_dir, model, device, dtype)
+    summary = _study(chosen, where, limit, seed, experiment, out_dir, model, device, dtype)
     from vlmflow import plots
 
     title, kept = _title(summary), summary["consistency"]
@@ -186,15 +215,14 @@ def _close(summary: Mapping[str, Any], out_dir: Path, figures: Sequence[str], js
         typer.echo(json.dumps(summary))
 
 
-def _task(name: str | None, samples: Path | None) -> tuple[Task, Source]:
+def _task(name: str | None, samples: Path | None, source: Path | None) -> Task:
     if (name is None) == (samples is None):
         raise ValueError("name either a --task or a file of --samples")
-    if samples is not None:
-        return TASKS["jsonl"], Source(samples.resolve())
-    assert name is not None
-    if name not in TASKS:
+    if samples is not None and source is not None:
+        raise ValueError("--source goes with --task; --samples is read as it is")
+    if name is not None and name not in TASKS:
         raise ValueError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
-    return TASKS[name], Source()
+    return TASKS[name or "jsonl"]
 
 
 def _layers(text: str) -> tuple[int, ...]:
