@@ -5,7 +5,7 @@ import pytest
 import tiny
 from test_cost import countable, counting, grids
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, Unpruned, prune
-from vlmflow.cost import projector_flops, vision_flops
+from vlmflow.cost import decode_flops, projector_flops, vision_flops
 from vlmflow.geometry import Geometry
 
 PRUNERS = [HiMAP(1, 0.5, 2, 0.5), FastV(2, 0.6), PyramidDrop((1, 2)), VTW(2), Random(1), Uniform(2), Unpruned()]
@@ -27,6 +27,20 @@ def test_a_pruned_prefill_costs_what_the_trace_says(family, pruner):
         held = [2 * layer.keys.numel() * 2 for layer in cache.layers]  # keys and values, two bytes as priced
         assert list(price.pruned.kv_bytes) == held
         assert (price.share("exact_flops") < 1) == (pruner != Unpruned())
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+def test_a_token_decoded_on_a_pruned_cache_costs_what_the_cost_model_says(pruner):
+    small = tiny.build("llava", layers=3)
+    model, geometry, sample = countable(small), Geometry.from_config(small.model.config), small.samples[0]
+    with prune(model, pruner) as trace:
+        cache = model(**sample, use_cache=True).past_key_values
+        schedule = tuple(counts[0] for counts in trace.image_tokens)
+        text = trace.tokens[0][0] - schedule[0]
+        for step in (1, 2):
+            with counting() as counted:
+                model(input_ids=sample["input_ids"][:, -1:], past_key_values=cache)
+            assert counted.flops == decode_flops(geometry, schedule, text, step=step)
 
 
 def test_a_batch_costs_its_samples():
