@@ -172,13 +172,13 @@ def print_point(request: Request, found: Comparison) -> None:
     out.print(
         f"\nBatch {batch}, {images / batch:g} image and {texts / batch:g} text tokens, {request.new_tokens} new tokens"
     )
-    table = plain_table("method", "1st token", "times as fast", "FLOPs", "next", "end to end", "memory")
+    table = plain_table("method", "vision + prefill", "times as fast", "FLOPs", "next", "end to end", "memory")
     for column in table.columns:
         column.justify, column.no_wrap = "left" if column.header == "method" else "right", True
     for name, one in found.methods.items():
         table.add_row(
             name,
-            seconds(one.seconds["ttft"]),
+            f"{seconds(one.seconds['vision'])} + {seconds(one.seconds['prefill'])}",
             ratio(one.speedup["ttft"]),
             f"{one.promised:.2f}" if one.promised else "?",
             seconds(one.seconds["tpot"]) if "tpot" in one.seconds else "",
