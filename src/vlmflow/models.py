@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
@@ -124,7 +126,8 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     they cannot hold, over the CPU's memory, as accelerate sees fit.
 
     Raises:
-        ModelError: it cannot be found, has no weights, or is no image-text-to-text model.
+        ModelError: it cannot be found, has no weights or broken ones, is no image-text-to-text model, or cannot go to
+            the device.
     """
     path = str(MODEL_DIR) if name == "pico" else name
     if name == "pico" and dtype == "auto":
@@ -138,7 +141,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn, device_map=spread
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
@@ -147,7 +150,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     where = device or default_device()
     try:
         nn.Module.to(model, where).eval()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any of them
         raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
     return VLM(name, model, processor)
 
@@ -191,6 +194,8 @@ def _reason(name: str, error: Exception) -> str:
     text, folder = str(error), Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return "the folder has no weights (*.safetensors); point to a complete checkpoint"
+    if isinstance(error, SafetensorError):
+        return f"its weights are broken ({_first_line(error)}); get them again"
     if "Unrecognized configuration class" in text:
         return "it is no image-text-to-text model; `vlmflow models` lists the families that work"
     if not folder.exists() and ("connect" in text.lower() or "offline" in text.lower()):
@@ -226,27 +231,40 @@ def open_image(path: str | Path) -> Image.Image:
             raise ImageError(f"the image {path} is broken ({_first_line(error)}); get an intact copy") from error
 
 
-def patch_grids(inputs: dict[str, torch.Tensor], config: Any, n_image: int) -> list[tuple[int, int]] | None:
-    """Rows and columns of the image tokens of each image in a prompt, None where tokens form no plain grids.
+def patch_grids(
+    inputs: dict[str, torch.Tensor], config: Any, n_image: int, n_pictures: int
+) -> list[tuple[int, int]] | None:
+    """Rows and columns of the image tokens of each image in a prompt, None where they are not one grid an image.
 
-    ``inputs`` is one encoded question, ``n_image`` its number of image tokens.
+    ``inputs`` is one encoded question, ``n_image`` its number of image tokens, ``n_pictures`` that of its images. The
+    tokens of an image that was cut into tiles follow one another tile by tile, in no grid of the image.
     """
     if "image_grid_thw" in inputs:
         merge = config.vision_config.spatial_merge_size
         return [(int(t * h) // merge, int(w) // merge) for t, h, w in inputs["image_grid_thw"]]
     pixels = inputs.get("pixel_values")
-    n_pictures = pixels.shape[0] if pixels is not None and pixels.dim() == 4 else 1
-    side = round((n_image / n_pictures) ** 0.5)
-    return [(side, side)] * n_pictures if n_pictures * side**2 == n_image else None
+    if pixels is None or pixels.shape[:-3].numel() != n_pictures:
+        return None
+    if "image_sizes" in inputs and pixels.dim() == 4:  # a Pixtral tower's; with tiles they come in five dimensions
+        patch = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+        grids = [(int(height) // patch, int(width) // patch) for height, width in inputs["image_sizes"]]
+    else:
+        side = math.isqrt(n_image // n_pictures)
+        grids = [(side, side)] * n_pictures
+    return grids if sum(rows * columns for rows, columns in grids) == n_image else None
 
 
 def seen_images(inputs: dict[str, torch.Tensor], images: Sequence[Image.Image]) -> list[Image.Image]:
-    """The images as the model sees them: resized and cropped, where its pixels still form a picture."""
+    """The images as the model sees them: resized and cropped, less padding, where its pixels still form a picture."""
     pixels = inputs.get("pixel_values")
     if pixels is None or pixels.dim() != 4 or pixels.shape[0] != len(images):
         return list(images)
-    array = pixels.float().cpu().numpy().transpose(0, 2, 3, 1)
-    low, high = array.min((1, 2), keepdims=True), array.max((1, 2), keepdims=True)
-    return [
-        Image.fromarray(picture) for picture in ((array - low) / np.maximum(high - low, 1e-6) * 255).astype(np.uint8)
-    ]
+    sizes = inputs.get("image_sizes", [pixels.shape[2:]] * len(images))
+    return [_picture(own[:, :height, :width]) for own, (height, width) in zip(pixels, sizes, strict=True)]
+
+
+def _picture(pixels: torch.Tensor) -> Image.Image:
+    """Normalised pixels, each channel from its lowest to its highest value."""
+    array = pixels.float().cpu().numpy().transpose(1, 2, 0)
+    low, high = array.min((0, 1)), array.max((0, 1))
+    return Image.fromarray(((array - low) / np.maximum(high - low, 1e-6) * 255).astype(np.uint8))

@@ -122,7 +122,8 @@ def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record
     partial.replace(folder / "record.json")
     typer.echo(f"wrote {folder / 'record.json'}")
     inputs = vlm.encode([question])
-    grids = patch_grids(inputs, vlm.model.config, next(iter(runs.values())).image_tokens[0])
+    n_image = next(iter(runs.values())).image_tokens[0]
+    grids = patch_grids(inputs, vlm.model.config, n_image, len(question.images))
     if grids is None:
         notes.print("no picture: this model's image tokens do not form one grid an image")
         return

@@ -36,7 +36,8 @@ def patches(vlm: VLM, question: Question, layers: tuple[int, ...] = ()) -> Patch
     """
     layers = named_layers(layers, vlm.n_layers)
     asked = encode(vlm, question, answer=None)
-    grids = patch_grids(dict(asked.inputs), vlm.model.config, int(asked.layout.image.sum()))
+    n_image = int(asked.layout.image.sum())
+    grids = patch_grids(dict(asked.inputs), vlm.model.config, n_image, len(question.images))
     if grids is None:
         raise ValueError("no picture: this model's image tokens do not form one grid an image")
     found = saliency(vlm.model, asked.inputs, asked.target)
