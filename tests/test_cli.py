@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass
 
 import pytest
+import torch
 from PIL import Image
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from vlmflow.pruners import PRUNERS
 
 SCENE = samples()[0]
 ASK = ["--prompt", SCENE.questions[0].text]
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ def test_run_saves_a_record_and_a_picture(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["patches.png", "record.json"]
 
 
-def test_run_with_settings_and_several_images():
+def test_run_with_settings_and_several_images(tmp_path):
     two = ["--image", SCENE.image, "--image", samples()[1].image]
-    run = vlmflow("run", *two, *ASK, "--pruner", "fastv", "--set", "k=4", "--set", "ratio=0.9", "--json")
+    settings = ["--set", "k=4", "--set", "ratio=0.9"]
+    run = vlmflow("run", *two, *ASK, "--pruner", "fastv", *settings, "--save", tmp_path, "--json")
     assert run.returncode == 0, run.stderr
     (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
     assert only["image_tokens"] == [1152] * 4 + [115] * 6
+    assert (tmp_path / "patches.png").stat().st_size > 10_000
 
 
 def test_demo(tmp_path):
@@ -188,11 +192,16 @@ def files(tmp_path_factory):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
     (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")))
-    bare = folder / "bare"
+    bare, broken = folder / "bare", folder / "broken"
     bare.mkdir()
+    broken.mkdir()
     for path in MODEL_DIR.iterdir():
-        if path.suffix != ".safetensors":
-            (bare / path.name).write_bytes(path.read_bytes())
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            content = content[: len(content) // 2]
+        else:
+            (bare / path.name).write_bytes(content)
+        (broken / path.name).write_bytes(content)
     LlamaConfig().save_pretrained(folder / "llama")
     (folder / "nothing").mkdir()
     return folder
@@ -213,11 +222,14 @@ def files(tmp_path_factory):
         (["--set", "k2=12"], "prunes before layer 12, but this model allows layers 1 to 9"),
         (["--prompt", " "], "the prompt is empty"),
         (["--model", "bare"], "no weights"),
+        (["--model", "broken"], "cannot load 'broken': its weights are broken ("),
         (["--model", "llama"], "cannot load 'llama'"),
         (["--model", "nothing"], "cannot load 'nothing'"),
         (["--model", "some/where"], "hub cannot be reached"),
         (["--dtype", "float99"], "dtype must be auto or"),
         (["--device", "toaster"], "device 'toaster'"),
+        pytest.param(["--device", "cuda"], "device 'cuda'", marks=without_cuda),
+        (["--device", "hpu"], "device 'hpu'"),
         (["--save", "text.png"], "--save wants a folder"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
