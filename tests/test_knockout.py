@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from vlmflow import VTW, HiMAP, PyramidDrop, Unpruned, attach, prune
+from test_laws import pruners
+from vlmflow import VTW, HiMAP, Unpruned, attach, prune
 from vlmflow.engine.cache import UNUSED
 from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.layout import Layout
@@ -157,7 +158,7 @@ def as_knockouts(layout, kept, n_layers):
 
 @families
 @kernels
-@pytest.mark.parametrize("pruner", [HiMAP(2, 0.5, 4, 0.75), PyramidDrop((1, 3, 5), 0.5), VTW(3)], ids=repr)
+@pruners
 def test_pruning_is_knocking_out(family, attn, pruner):
     """Law 2: text logits of a pruned, left-padded batch, a text-only sample in it, and of its generation."""
     small = tiny.build(family, attn)

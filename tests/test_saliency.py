@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import oracles
 import tiny
@@ -189,6 +192,32 @@ def test_tiles_change_nothing(family, form, monkeypatch):
     close(result.maps[2], expected.maps[2])
 
 
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that an operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))])
+        return out
+
+
+@forms
+@pytest.mark.parametrize(("attn", "whole"), [("sdpa", False), ("eager", True)])
+def test_memory_is_linear_in_the_prompt(attn, whole, form, monkeypatch):
+    """No tensor holds all heads' attention of the prompt, unless the model's own kernel makes one."""
+    budget = 1 << 20
+    monkeypatch.setattr("vlmflow.flow.saliency._LARGE_TILE_BUDGET", budget)  # or a GPU would need a longer prompt
+    small = tiny.build("llava", attn)
+    batch = small.collate([small.sample([5, "image", 1000]), small.sample([5, "image", 900])])
+    attention = 4 * batch["input_ids"].shape[1] ** 2
+    assert attention > 4 * budget
+    with Largest() as largest:
+        saliency(small.model, batch, 7, form=form)
+    assert (largest.elements >= attention) == whole
+
+
 def test_loss_scale_cancels():
     small = tiny.build("llava")
     sample = small.samples[1]
@@ -261,6 +290,9 @@ def test_equation_6_as_printed_is_empty():
         ({"target": [[5], []]}, "the answer of sample 1 has no token"),
         ({"target": [5, 128]}, "the answer of sample 1 has token 128, outside the vocabulary of 128"),
         ({"target": -100}, "has token -100, outside the vocabulary"),
+        ({"target": "3"}, "target must be token ids, got the text '3'; take those of likeliest\\(spellings\\("),
+        ({"target": ["A", "B"]}, "target must be token ids, got the text 'A'"),
+        ({"target": [[5], ["6"]]}, "target must be token ids, got the text '6'"),
         ({"form": "squared"}, "form must be 'paper' or 'released', got 'squared'"),
         ({"over": "last"}, "over must be 'first' or 'mean', got 'last'"),
         ({"record": [6]}, "record names layer 6, but this model has layers 0 to 5"),
@@ -272,6 +304,13 @@ def test_bad_settings_are_refused(change, message, monkeypatch):
     settings = {"model": small.model, "inputs": small.collate(small.samples[:2]), "target": 7} | change
     with pytest.raises(ValueError, match=message):
         saliency(**settings)
+
+
+def test_patches_of_an_unknown_segment_are_refused():
+    small = tiny.build("llava")
+    found = saliency(small.model, small.samples[0], 7)
+    with pytest.raises(ValueError, match="into must be one of system, image, instruction, got 'text'"):
+        found.patches(0, into="text")
 
 
 def test_bad_inputs_are_refused():

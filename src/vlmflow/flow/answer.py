@@ -67,7 +67,7 @@ def answers_of(
     """One sequence of token ids for each sample.
 
     Raises:
-        ValueError: not one answer for each sample, one without a token, or an id outside the vocabulary.
+        ValueError: text, not one answer for each sample, one without a token, or an id outside the vocabulary.
     """
     ids = inputs.get("input_ids")
     if ids is None:
@@ -75,6 +75,11 @@ def answers_of(
     batch = ids.shape[0]
     if isinstance(target, Tensor):
         target = target.tolist()
+    if (text := _text_in(target)) is not None:
+        raise ValueError(
+            f"saliency: target must be token ids, got the text {text!r}; take those of likeliest(spellings(tokenizer, "
+            f"prompt, {text!r}), logits)"
+        )
     each = [target] * batch if isinstance(target, int) else list(target)
     if len(each) != batch:
         raise ValueError(f"saliency: target has {len(each)} answers for a batch of {batch}; give one for each sample")
@@ -89,6 +94,14 @@ def answers_of(
                     f"{vocabulary}; encode it with the model's own tokenizer"
                 )
     return [answer[:1] for answer in answers] if first_only else answers
+
+
+def _text_in(target: Any) -> str | None:
+    """The first text among token ids, however deep; None where there is none."""
+    if isinstance(target, str):
+        return target
+    parts = target if isinstance(target, Sequence) else ()
+    return next((text for part in parts if (text := _text_in(part)) is not None), None)
 
 
 def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], model_type: str) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Knockout:
 
     ``source`` and ``target`` are a segment (``system``, ``image``, ``instruction``), ``all``, or positions: one
     sequence for each row of the batch, counted as ``Trace.kept`` counts them, from the left of the padded prompt.
-    Generated tokens follow the image, so they belong to the instruction; by position, they follow the prompt.
-    Tokens that a pruner has dropped are blocked already.
+    Generated tokens follow the image, so they belong to the instruction; by position, they follow the prompt, and a
+    position that is never generated blocks nothing. Tokens that a pruner has dropped are blocked already.
 
     ``how``: with ``zero`` the attention weights A(i, j) are set to 0 after the softmax, and what the target sees
     loses their share; with ``mask`` the softmax never sees the blocked keys, so that the rest shares the whole. A

@@ -150,7 +150,7 @@ def saliency(
 
     Raises:
         TypeError: a model that the engine cannot serve.
-        ValueError: an answer that is empty, outside the vocabulary or not one for each sample; a sample without
+        ValueError: an answer that is text, empty, outside the vocabulary or not one for each sample; a sample without
             image or without instruction; padding on the right; an unknown form, ``over`` or layer; a model in
             training mode, or one that already has a session.
     """
