@@ -46,4 +46,5 @@ STAGES = (
     Stage("judge", 56, (1, 3), 500, 16, 4, (6, 10, 0), muon_rate=0.01, adam_rate=1e-3, decay=0.3, focus=SLOWEST),
     Stage("places", 96, (2, 6), 560, 16, 4, (7, 10, 1), 0.01, 1e-3, decay=0.3, focus=(*SLOWEST, *HARDEST)),
     Stage("whole", 192, (2, 12), 650, 8, 2, (11, 10, 1), 0.01, 1e-3, decay=0.6, focus=(*SLOWEST, *HARDEST), easy_vqa=5),
+    Stage("sum", 192, (2, 12), 220, 8, 2, (20, 5, 1), 6e-3, 6e-4, decay=0.9, focus=("count",), easy_vqa=5),
 )

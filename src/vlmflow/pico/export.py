@@ -62,7 +62,7 @@ def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None
         axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
         for name, x in start.items():
             axis.axvline(x, color="grey", linewidth=0.5)
-            axis.annotate(name, (x, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+            axis.annotate(name, (x, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom", rotation=60)
     accuracies.set_xlabel("step")
     figure.savefig(path, dpi=110)
 
@@ -124,6 +124,12 @@ def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], pr
             *last,
             "",
             "`results.json`, where present, holds the full evaluation (`python -m vlmflow.evaluate.score_card`).",
+            "",
+            "## What pruning does to it",
+            "",
+            "<!-- begin pruning -->",
+            "Not yet measured: `make results` does.",
+            "<!-- end pruning -->",
             "",
             f"SHA-256 of model.safetensors: `{digest}`",
             "",
