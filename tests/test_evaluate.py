@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,15 +17,19 @@ from typer.testing import CliRunner
 
 from vlmflow import models, plots
 from vlmflow.cli import app
+from vlmflow.cli.evaluate import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, mean_share, with_budget
-from vlmflow.evaluate.folder import EvaluationError, Folder, claim
+from vlmflow.evaluate.folder import EvaluationError, Folder, Row, claim
 from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
-from vlmflow.evaluate.tables import find_results, report
+from vlmflow.evaluate.tables import Result, find_results, group_grid, report
+from vlmflow.experiments.runner import Study
+from vlmflow.experiments.runner import run as examine
+from vlmflow.experiments.saliency import ByLayer
 from vlmflow.models import VLM, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Unpruned
-from vlmflow.tasks import TASKS, Judge, Source, Verdict
+from vlmflow.tasks import TASKS, Judge, Picture, Sample, Source, TaskError, Verdict
 
 SCENES = pico_samples()
 METHODS = [name for name in PRUNERS if name != "none"]
@@ -286,7 +291,7 @@ def test_marks_come_after_the_answers_and_are_kept(vlm, questions, tmp_path, mon
     assert (marked["metric"]["value"], marked["metric"]["n"], marked["metric"]["excluded"]) == (75.0, 2, 1)
     assert marked["judge"]["model"] == "judge"
     assert run(vlm, asked, tmp_path / "out") == marked
-    with pytest.raises(EvaluationError, match="needs no judge"):
+    with pytest.raises(TaskError, match="needs no judge"):
         mark(tmp_path / "out", evaluation(questions), Judge("judge"), samples)
 
 
@@ -357,6 +362,25 @@ def test_eval_prints_a_table_and_a_record(questions, tmp_path):
     assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
 
 
+@pytest.mark.parametrize(("each", "pace"), [(3.0, "3.0 s each, 0:00:12 left"), (0.25, "4.0 a second, 0:00:01 left")])
+def test_the_progress_tells_rate_time_left_and_failures(monkeypatch, capsys, each, pace):
+    """The rate is this run's: what an earlier one did took no time."""
+    seconds = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setenv("COLUMNS", "100")
+    for failure in (None, "OSError: [broken] image"):
+        with bars() as progress:
+            follow = show(progress, "pico himap")
+            follow(4, 10, None)
+            for done, why in ((5, None), (6, failure)):
+                seconds[0] += each
+                follow(done, 10, Row(Sample(f"q{done}", ()), "", failure=why))
+        *above, last = capsys.readouterr().err.strip().split("\n")
+        assert above == ([f"q6 failed: {failure}"] if failure else [])
+        assert last.startswith("pico himap ")
+        assert last.rstrip().endswith(f" 6/10 {pace}, 1 failed" if failure else f" 6/10 {pace}")
+
+
 def test_a_sweep_tells_the_parts_of_a_benchmark_apart(tmp_path):
     args = ["--task", "pico", "--limit", "4", "--pruners", "vtw", "--budgets", "0.5", "--out", tmp_path]
     assert vlmflow("sweep", *args).exit_code == 0
@@ -366,6 +390,30 @@ def test_a_sweep_tells_the_parts_of_a_benchmark_apart(tmp_path):
     for number, kind in enumerate(outcome.sample.group for outcome in outcomes["none"]):
         shares = [100 * own[number].score for own in outcomes.values()]
         assert f"| {kind} | " + " | ".join(f"{x:.1f} [{x:.1f}, {x:.1f}]" for x in shares) + " |" in table
+
+
+def test_the_parts_of_captions_are_scored_as_parts_of_the_whole(tmp_path):
+    """A part's own document frequencies would give other figures than the summary's."""
+    task, texts = TASKS["nocaps"], ["a dog runs on grass", "two cats sleep", "a red bus in town", "a man on a horse"]
+    rows, groups = [], ["in", "in", "out", "out"]
+    for number, (text, said) in enumerate(zip(texts, [texts[0], "two cats", "a bus in town", "a horse"], strict=True)):
+        sample = Sample(str(number), (Picture(str(number), b""),), references=(text,), group=groups[number])
+        rows.append(Row(sample, "", answer=said, parsed=said, image_tokens={0: 1}))
+    Folder(tmp_path).rows.append(rows)
+    metric = task.metric(Folder(tmp_path).outcomes())
+    grid = group_grid([("none", Result(tmp_path, {"task": "nocaps", "seed": 0}, {}))], "parts")
+    assert grid is not None
+    for group, cell in grid.rows:
+        value, low, high = (float(number) for number in re.findall(r"[\d.]+", cell))
+        assert value == pytest.approx(metric["groups"][group], abs=0.051)
+        assert low <= value <= high
+    assert [group for group, _ in grid.rows] == ["in", "out"]
+    alone = task.metric([row.outcome() for row in rows[2:]])["value"]
+    assert abs(alone - metric["groups"]["out"]) > 1
+    none = Result(tmp_path / "nothing", {"task": "nocaps", "seed": 0}, {})
+    both = group_grid([("none", Result(tmp_path, {"task": "nocaps", "seed": 0}, {})), ("himap", none)], "parts")
+    assert both is not None
+    assert [cells[2] for cells in both.rows] == ["-", "-"]
 
 
 def test_sweep_and_report(questions, tmp_path):
@@ -415,6 +463,20 @@ def test_sweep_and_report(questions, tmp_path):
     assert (tmp_path / "r/report.csv").read_text().count("\n") == 4
 
 
+def test_reports_leave_out_what_is_no_evaluation(vlm, questions, tmp_path):
+    never = [{**json.loads(line), "answer": "atom"} for line in questions.read_text().splitlines()]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in never))
+    examine(vlm, Study(TASKS["jsonl"], ByLayer(), Source(questions), limit=1), tmp_path / "r/flow")
+    only = vlmflow("report", tmp_path / "r")
+    assert (only.exit_code, only.stdout) == (2, "")
+    assert "no finished run of vlmflow eval or sweep to report" in only.stderr
+    run(vlm, evaluation(questions, limit=1), tmp_path / "r/himap")
+    told = vlmflow("report", tmp_path / "r", "--json")
+    assert told.exit_code == 0, told.output
+    assert "left out, as it is an experiment of vlmflow flow: " in told.stderr
+    assert [line["method"] for line in json.loads(told.stdout.strip().split("\n")[-1])["lines"]] == ["himap"]
+
+
 def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
     run(vlm, evaluation(questions, pruner=Unpruned(), limit=3), tmp_path / "a/none", batch_size=3)
     run(vlm, evaluation(questions, limit=2), tmp_path / "a/himap", batch_size=3)
@@ -436,7 +498,6 @@ def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
         (["eval", "--task", "pico", "--limit", "1", "--prompt-style", "rude"], "prompt style must be one of paper"),
         (["eval", "--task", "pico", "--limit", "1", "--rule", "rude"], "answer rule must be one of"),
         (["eval", "--task", "pico", "--source", "x"], "it takes no path"),
-        (["eval", "--task", "pico", "--dry-run"], "name the judge with --judge"),
         (["eval", "--task", "jsonl", "--source", "gone.jsonl"], "gone.jsonl: no such file"),
         (["sweep", "--task", "pico", "--budgets", "half"], "--budgets wants shares"),
         (["sweep", "--task", "pico", "--budgets", "2"], "above 0 and below 1"),

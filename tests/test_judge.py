@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -12,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from vlmflow.cli import app
+from vlmflow.models import VLM
+from vlmflow.pico import samples as pico_samples
 from vlmflow.tasks import TASKS, Judge, Picture, Sample, TaskError
 
 pytest.importorskip("openai")
@@ -36,12 +41,15 @@ def reply(text: str | None) -> tuple[int, object]:
     }  # fmt: skip
 
 
+Script = Callable[[dict[str, Any], int], tuple[Any, ...]]  # status, content and, at will, headers
+
+
 class Server(ThreadingHTTPServer):
     """Answers by ``script``, a function of the request and of how often it has come; keeps all requests."""
 
     daemon_threads = True
 
-    def __init__(self, script: Callable[[dict[str, Any], int], tuple[int, object]]) -> None:
+    def __init__(self, script: Script) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = script
         self.requests: list[dict[str, Any]] = []
@@ -63,12 +71,14 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append(request)
             self.server.keys.add(self.headers["Authorization"])
         assert self.path == "/v1/chat/completions"
-        status, body = self.server.script(request, before)
+        status, body, *more = self.server.script(request, before)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
+            for name, value in dict(*more).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
         except ConnectionError:
@@ -85,7 +95,7 @@ def serve(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
-    def start(script: Callable[[dict[str, Any], int], tuple[int, object]]) -> Server:
+    def start(script: Script) -> Server:
         server = Server(script)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
@@ -233,12 +243,21 @@ def test_no_server(serve):
     assert verdict.failure == "no connection, 2 times"
 
 
-def test_pauses_double_and_heed_the_server(serve, monkeypatch):
+@pytest.mark.parametrize(
+    ("asked", "slept"),
+    [
+        ([None, None, None], [1, 2, 4]),
+        (["7", "0.5", "3"], [7, 2, 4]),
+        (["1000", "Wed, 21 Oct 2015 07:28:00 GMT", "-3"], [60, 2, 4]),
+    ],
+)
+def test_pauses_double_and_heed_the_server(serve, monkeypatch, asked, slept):
     pauses: list[float] = []
     monkeypatch.setattr("vlmflow.tasks.judge.time.sleep", pauses.append)
-    server = serve(lambda request, before: (500, {}))
+    waits = [{"Retry-After": wait} if wait else {} for wait in [*asked, None]]
+    server = serve(lambda request, before: (429, {}, waits[before]))
     list(judge(server, attempts=4, pause=1.0).mark(RUBRIC, ANSWERS[:1]))
-    assert pauses == [1, 2, 4]
+    assert pauses == slept
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "is the key in OPENAI_API_KEY right"), (404, "has it a model 'm'")])
@@ -308,7 +327,136 @@ def test_the_record_holds_the_prompt(monkeypatch):
 def test_refuses_what_cannot_work_or_may_leak():
     with pytest.raises(TaskError, match="attempts and workers must be at least 1"):
         Judge(attempts=0)
+    with pytest.raises(TaskError, match="the judge's model must have a name"):
+        Judge(model=" ")
     for address in (f"https://me:{KEY}@x/v1", f"https://x/v1?key={KEY}", f"{KEY}", f"ftp://{KEY}/v1"):
         with pytest.raises(TaskError, match="must be http") as caught:
             Judge(base_url=address)
         assert KEY not in str(caught.value)
+
+
+# -- the command line
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Evaluate three questions, in MM-Vet's own format."""
+    (tmp_path / "vet/images").mkdir(parents=True)
+    entries = {}
+    for number, scene in enumerate(pico_samples()[:3]):
+        shutil.copy(scene.image, tmp_path / f"vet/images/{number}.png")
+        question = {"imagename": f"{number}.png", "question": f"What is {number}?", "answer": "a cat"}
+        entries[f"v1_{number}"] = {**question, "capability": ["rec"]}
+    (tmp_path / "vet/mm-vet.json").write_text(json.dumps(entries))
+    args = ["eval", "--task", "mmvet", "--source", tmp_path / "vet", "--max-new-tokens", "3", "--out", tmp_path / "out"]
+
+    def run(*more):
+        return CliRunner().invoke(app, [str(arg) for arg in (*args, *more)], catch_exceptions=False)
+
+    return run
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def answers(out: Path) -> list[str]:
+    return [json.loads(line)["answer"] for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_eval_has_a_judge_mark_the_answers(serve, command, tmp_path):
+    server, out = serve(lambda request, before: reply(f"0.{number(request)}")), tmp_path / "out"
+    made = command("--judge", "j", "--judge-url", server.url, "--json")
+    assert made.exit_code == 0, made.output
+    summary = json.loads(made.stdout.strip().split("\n")[-1])
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["metric"]["value"] == pytest.approx(10)
+    assert (summary["metric"]["n"], summary["metric"]["excluded"]) == (3, 0)
+    assert (summary["judge"]["model"], summary["judge"]["endpoint"]) == ("j", server.url)
+    sent = sorted(request["messages"][0]["content"].rsplit("\n", 1)[1] for request in server.requests)
+    assert sent == [f"What is {i}? | a cat | {answer} | " for i, answer in enumerate(answers(out))]
+    verdicts = json.loads((out / "verdicts.json").read_text())["verdicts"]
+    assert {key: own["marks"] for key, own in verdicts.items()} == {"v1_0": [0], "v1_1": [0.1], "v1_2": [0.2]}
+    before = held(out)
+    assert not [name for name, content in before.items() if KEY.encode() in content]
+    assert KEY not in made.output
+    again = command("--judge", "j", "--judge-url", server.url)
+    assert again.exit_code == 0, again.output
+    other = command("--judge", "k", "--judge-url", server.url)
+    assert other.exit_code == 2
+    assert 'holds the marks of another judge: model was "j", is "k"' in other.stderr
+    assert held(out) == before
+    assert len(server.requests) == 3
+
+
+def test_eval_writes_what_it_would_ask_the_judge(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    made = command("--judge", "j", "--dry-run")
+    assert made.exit_code == 0, made.output
+    assert "wrote 3 requests to" in made.stderr
+    requests = [json.loads(line) for line in (tmp_path / "out/requests.jsonl").read_text().splitlines()]
+    assert [(request["sample"], request["model"]) for request in requests] == [(f"v1_{i}", "j") for i in range(3)]
+    for request, answer in zip(requests, answers(tmp_path / "out"), strict=True):
+        assert request["messages"][0]["content"].endswith(f"| a cat | {answer} | ")
+    assert not (tmp_path / "out/verdicts.json").exists()
+
+
+def test_a_judge_that_fails_costs_no_answer_and_no_mark(serve, command, tmp_path, monkeypatch):
+    said, out = [401], tmp_path / "out"
+    server = serve(lambda request, before: (said[0], {}) if said and number(request) else reply("0.5"))
+    judged = ["--judge", "j", "--judge-url", server.url]
+    monkeypatch.setattr("vlmflow.tasks.judge.time.sleep", lambda seconds: None)
+    refused = command(*judged)
+    assert refused.exit_code == 2
+    assert "is the key in OPENAI_API_KEY right?" in refused.stderr
+    rows, summary = (out / "rows.jsonl").read_bytes(), json.loads((out / "summary.json").read_text())
+    assert len(answers(out)) == 3
+    assert (summary["metric"]["value"], summary["metric"]["excluded"], summary["judge"]) == (None, 3, None)
+
+    monkeypatch.setattr(VLM, "generate", None)  # nothing is answered again
+    said[0] = 503
+    partly = command(*judged, "--json")
+    assert partly.exit_code == 0, partly.output
+    assert "2, left out" in partly.stdout
+    metric = json.loads(partly.stdout.strip().split("\n")[-1])["metric"]
+    assert (metric["value"], metric["n"], metric["excluded"]) == (50, 1, 2)
+    verdicts = json.loads((out / "verdicts.json").read_text())["verdicts"]
+    assert [own["failure"] for own in verdicts.values()] == [None, *["HTTP 503, 5 times"] * 2]
+
+    said.clear()
+    whole = command(*judged, "--json")
+    metric = json.loads(whole.stdout.strip().split("\n")[-1])["metric"]
+    assert (metric["value"], metric["n"], metric["excluded"]) == (50, 3, 0)
+    assert (out / "rows.jsonl").read_bytes() == rows
+    assert [number(request) for request in server.requests].count(0) == 1  # kept from before
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--judge", "j"], "OPENAI_API_KEY is not set"),
+        (["--judge", ""], "must have a name"),
+        (["--judge-url", "http://localhost:1/v1"], "--judge-url is for a judge; name it with --judge"),
+        (["--dry-run"], "--dry-run is for a judge; name it with --judge"),
+        (["--judge", "j", "--task", "pico"], "pico is scored by its rules and needs no judge"),
+        (["--judge", "j", "--task", "pico", "--dry-run"], "pico is scored by its rules and needs no judge"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_judge_that_cannot_be_is_refused_before_a_model_is_loaded(command, tmp_path, monkeypatch, args, says):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    made = command("--model", "no/such/model", *args)
+    assert made.exit_code == 2, made.output
+    assert made.stdout == ""
+    (line,) = made.stderr.strip().split("\n")
+    assert says in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_judge_without_its_library_is_refused_before_a_model_is_loaded(command, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    made = command("--model", "no/such/model", "--judge", "j")
+    assert (made.exit_code, made.stdout) == (2, "")
+    assert 'pip install "vlmflow[eval]"' in made.stderr

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmflow.tasks import TASKS, Picture, Sample, Source, TaskError
+from vlmflow.tasks.core import LETTERS
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -47,6 +48,9 @@ def colour_of(sample: Sample) -> tuple[int, ...]:
 RED, GREEN, BLUE = (255, 0, 0), (0, 128, 0), (0, 0, 255)
 
 
+MANY = [str(number) for number in range(27)]  # more choices than letters
+
+
 # -- ScienceQA
 
 PROBLEM = {
@@ -73,6 +77,12 @@ def test_scienceqa_problems(tmp_path):
     assert (colour_of(first), colour_of(second)) == (RED, BLUE)
     elsewhere = write_json(tmp_path / "elsewhere" / "problems.json", {"5": PROBLEM})
     assert TASKS["scienceqa"].samples(Source(elsewhere, images=tmp_path / "images"))[0] == first
+    write_json(tmp_path / "problems.json", {"5": {**PROBLEM, "choices": MANY, "answer": 26}})
+    with pytest.raises(TaskError, match=r"problems.json, '5': 'choices' may be at most 26, .* got 27"):
+        TASKS["scienceqa"].samples(Source(tmp_path))
+    (tmp_path / "problems.json").write_text(f'{{"5": {json.dumps(PROBLEM)}, "5": {json.dumps(PROBLEM)}}}')
+    with pytest.raises(TaskError, match=r"problems.json: holds '5' twice in one object"):
+        TASKS["scienceqa"].samples(Source(tmp_path))
 
 
 def test_scienceqa_paper_file(tmp_path):
@@ -96,6 +106,7 @@ def test_scienceqa_paper_file(tmp_path):
     for asked, answer, message in (
         ("<image>\nNo choices", "A", "must end in lines 'A. ...', 'B. ...'"),
         ("<image>\nx\nA. a\nC. c", "A", "must end in lines"),
+        ("\n".join(["<image>", "x", *(f"{mark}. a" for mark in LETTERS), "a"]), "A", "must end in lines"),
         ("<image>\nx\nA. a\nB. b", "C", "answer is 'C', but there are 2 choices"),
     ):
         write_json(file, [record("5", asked, answer)])
@@ -181,6 +192,7 @@ def test_aokvqa(tmp_path):
         ({"correct_choice_idx": "2"}, "'correct_choice_idx' must be a whole number, got '2'"),
         ({"choices": "fish"}, "'correct_choice_idx' is 2, but there are 1 choices"),
         ({"choices": [1, 2]}, "'choices' must be a list of texts"),
+        ({"choices": MANY}, "'choices' may be at most 26, .* got 27"),
         ({"image_id": 1}, "image 000000000001.jpg not found in .*coco"),
         ({"question": ["x"]}, "'question' must be text"),
     ):
@@ -333,6 +345,20 @@ def test_llava_bench(tmp_path):
     first, second = TASKS["llava_bench"].samples(Source(tmp_path))
     assert (first.id, first.question, first.context) == ("0", "What is it?", "A dog.\nIt runs.")
     assert (first.references, first.group, second.group) == (("Answer 0.",), "conv", "detail")
+    context = json.loads((tmp_path / "context.jsonl").read_text())
+    for name, rows, message in (
+        (
+            "context.jsonl",
+            [context, {**context, "caption": "A cat."}],
+            "line 2: 'image' '001.jpg' is taken by .*line 1",
+        ),
+        ("answers_gpt4.jsonl", [*answers, answers[0]], "line 3: 'question_id' '0' is taken by .*line 1"),
+    ):
+        intact = (tmp_path / name).read_text()
+        write_lines(tmp_path / name, rows)
+        with pytest.raises(TaskError, match=rf"{name}, {message}"):
+            TASKS["llava_bench"].samples(Source(tmp_path))
+        (tmp_path / name).write_text(intact)
     write_lines(tmp_path / "answers_gpt4.jsonl", answers[:1])
     with pytest.raises(TaskError, match=r"questions.jsonl, line 2: question 1 .* has no entry in answers_gpt4.jsonl"):
         TASKS["llava_bench"].samples(Source(tmp_path))
@@ -362,6 +388,9 @@ def test_mmvet(tmp_path):
     write_json(tmp_path / "mm-vet.json", {"v1_0": {**entry, "capability": ["sing"]}})
     with pytest.raises(TaskError, match=r"mm-vet.json, 'v1_0': abilities must be of rec, .* got 'sing'"):
         TASKS["mmvet"].samples(Source(tmp_path))
+    (tmp_path / "mm-vet.json").write_text(f'{{"v1_0": {json.dumps(entry)}, "v1_0": {json.dumps(entry)}}}')
+    with pytest.raises(TaskError, match=r"mm-vet.json: holds 'v1_0' twice in one object"):
+        TASKS["mmvet"].samples(Source(tmp_path))
     write_json(tmp_path / "mm-vet.json", [entry])
     with pytest.raises(TaskError, match=r"mm-vet.json: must be an object of objects by id, got a list"):
         TASKS["mmvet"].samples(Source(tmp_path))
@@ -386,8 +415,12 @@ def test_jsonl(tmp_path):
     assert (first.id, first.references, first.choices) == ("0", ("dog", "puppy"), ())
     assert (second.id, len(second.images), second.answer) == ("1", 2, "B")
     assert (third.id, third.answer, third.group) == ("mine", "A", "g")
-    write_lines(file, [{**rows[1], "answer": "three"}])
-    with pytest.raises(TaskError, match=r"mine.jsonl, line 1: 'answer' 'three' is neither a letter nor one of"):
+    for answer in ("three", "AB", "", "C"):
+        write_lines(file, [{**rows[1], "answer": answer}])
+        with pytest.raises(TaskError, match=rf"mine.jsonl, line 1: 'answer' '{answer}' is neither a letter nor one of"):
+            TASKS["jsonl"].samples(Source(file))
+    write_lines(file, [{**rows[1], "choices": MANY, "answer": "26"}])
+    with pytest.raises(TaskError, match=r"mine.jsonl, line 1: 'choices' may be at most 26, .* got 27"):
         TASKS["jsonl"].samples(Source(file))
     write_lines(file, [{"question": "What?", "answer": "dog"}])
     with pytest.raises(TaskError, match=r"mine.jsonl, line 1: 'image' is missing \(there are: question, answer\)"):

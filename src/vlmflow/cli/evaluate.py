@@ -92,9 +92,7 @@ def evaluate(
         settings = parse_settings(set_)
         make_pruner(pruner, {}, n_layers=32)  # a wrong name, before anything is loaded
         chosen = _task(task)
-        marker = Judge(judge, out_dir / "judge", judge_url) if judge else None
-        if dry_run and marker is None:
-            raise ValueError("--dry-run writes a judge's requests; name the judge with --judge")
+        marker = _marker(chosen, judge, judge_url, dry_run, out_dir)
         fleet = _fleet(engine, workers, gpus_per_worker, ray_address)
         where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
         _check_out(out_dir)
@@ -221,15 +219,15 @@ def report(
     from vlmflow.evaluate.tables import report as make_report
 
     with refusals():
-        results, unfinished = find_results(folders)
+        results, left_out = find_results(folders)
         made = make_report(results)
         record = {"lines": [vars(line) for line in made.lines], "notes": list(made.notes)}
         if out_dir is not None:
             write_text(out_dir / "report.md", made.markdown())
             write_text(out_dir / "report.csv", to_csv(made.lines))
             write_json(out_dir / "report.json", record)
-    for path in unfinished:
-        notes.print(f"left out, as it is not finished: {path}")
+    for path, what in left_out.items():
+        notes.print(f"left out, as it is {what}: {path}", highlight=False, markup=False)
     for grid in made.grids:
         _print(grid)
     for note in made.notes:
@@ -289,6 +287,20 @@ def _task(name: str) -> Task:
     if name not in TASKS:
         raise TaskError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def _marker(task: Task, name: str | None, url: str | None, dry_run: bool, out_dir: Path) -> Judge | None:
+    """The judge, if one is named; what would keep it from marking is refused before a model is loaded."""
+    if name is None:
+        given = {"--judge-url": url is not None, "--dry-run": dry_run}
+        if names := [option for option, value in given.items() if value]:
+            raise ValueError(f"{names[0]} is for a judge; name it with --judge")
+        return None
+    task.marked_by()
+    judge = Judge(name, out_dir / "judge", url)
+    if not dry_run:
+        judge.check()
+    return judge
 
 
 def _samples(task: Task, source: Source, style: str | None, rule: str | None, limit: int | None) -> list[Sample]:
@@ -352,6 +364,8 @@ def _print_summary(summary: dict[str, Any], task: Task) -> None:
     table.add_row("answered", f"{counts['answered']} of {counts['asked']}, {counts['failed']} failed")
     if metric:
         table.add_row("unparsed", f"{metric['unparsed']}, counted as wrong")
+        if task.rubric:
+            table.add_row("unmarked", f"{metric['excluded']}, left out")
     pruner = ", ".join(f"{k}={v}" for k, v in summary["settings"]["pruner"].items() if k != "name")
     table.add_row("pruner", f"{summary['settings']['pruner']['name']} {pruner} ({summary['settings']['pruner_from']})")
     if cost:

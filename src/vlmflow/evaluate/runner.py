@@ -25,6 +25,7 @@ from vlmflow.evaluate.folder import (
     OpenFolder,
     Row,
     claim,
+    differences,
     versions,
     write_json,
 )
@@ -250,29 +251,35 @@ def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Samp
     """Have a judge mark a finished run's answers; the new summary. The judge's replies are kept in ``out/judge``.
 
     Raises:
-        TaskError: no key, no client library, or a key or model that the endpoint refuses.
-        EvaluationError: a task without a rubric, or a run that is not finished.
+        TaskError: a task without a rubric, no key, no client library, or a key or model that the endpoint refuses.
+        EvaluationError: a run that is not finished, or whose answers another judge has marked.
     """
-    rubric = evaluation.task.rubric
-    if rubric is None:
-        raise EvaluationError(f"{evaluation.task.name} is scored by its rules and needs no judge")
-    summary = Folder(out).summary()
+    rubric = evaluation.task.marked_by()
+    record, summary = judge.to_dict(rubric), Folder(out).summary()
     with claim(out, summary["settings"]) as folder:
+        judged = folder.judged()
+        if judged and (differing := differences(judged["judge"], record)):
+            raise EvaluationError(
+                f"{out} holds the marks of another judge: {'; '.join(differing)}. Copy the folder without {VERDICTS}, "
+                "and have the copy marked"
+            )
         verdicts = {
             verdict.sample: {name: value for name, value in asdict(verdict).items() if name not in ("sample", "asked")}
             for verdict in judge.mark(rubric, _to_mark(folder, samples))
         }
-        write_json(out / VERDICTS, {"judge": judge.to_dict(rubric), "verdicts": verdicts})
+        write_json(out / VERDICTS, {"judge": record, "verdicts": verdicts})
         summary |= _figures(folder, evaluation)
         write_json(out / SUMMARY, summary)
         return summary
 
 
 def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> int:
-    """Write what ``mark`` would send to ``out/requests.jsonl``; how many requests."""
-    if evaluation.task.rubric is None:
-        raise EvaluationError(f"{evaluation.task.name} is scored by its rules and needs no judge")
-    return judge.dry_run(evaluation.task.rubric, _to_mark(Folder(out), samples), out / "requests.jsonl")
+    """Write what ``mark`` would send to ``out/requests.jsonl``; how many requests.
+
+    Raises:
+        TaskError: a task without a rubric.
+    """
+    return judge.dry_run(evaluation.task.marked_by(), _to_mark(Folder(out), samples), out / "requests.jsonl")
 
 
 def _to_mark(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:

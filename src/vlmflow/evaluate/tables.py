@@ -228,24 +228,19 @@ def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Grid:
 
 def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Grid | None:
     """The figure of every part of a benchmark, a column a labelled run; None where the benchmark has no parts."""
-    columns = [(label, one.task, Folder(one.path).outcomes(), one.settings["seed"]) for label, one in results]
-    groups = list(dict.fromkeys(outcome.sample.group for _, _, outcomes, _ in columns for outcome in outcomes))
+    columns = [one.task.parts(Folder(one.path).outcomes(), one.settings["seed"]) for _, one in results]
+    groups = list(dict.fromkeys(group for parts in columns for group in parts))
     if len(groups) < 2:
         return None
     rows = []
     for group in groups:
-        cells = [group]
-        for _, task, outcomes, seed in columns:
-            part = [outcome for outcome in outcomes if outcome.sample.group == group]
-            found = task.metric(part, seed) if part else {"value": None, "interval": None}
-            low, high = found["interval"] or (None, None)
-            cells.append(_with_interval(found["value"], low, high))
-        rows.append(tuple(cells))
-    return Grid(title, ("", *(label for label, *_ in columns)), tuple(rows))
+        found = [parts.get(group) or (None, None, None) for parts in columns]
+        rows.append((group, *(_with_interval(*part) for part in found)))
+    return Grid(title, ("", *(label for label, _ in results)), tuple(rows))
 
 
-def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
-    """The finished runs in or below the folders, and the folders of unfinished ones.
+def find_results(paths: Sequence[Path]) -> tuple[list[Result], dict[Path, str]]:
+    """The finished runs in or below the folders, and the folders that are left out, with what they are.
 
     Raises:
         EvaluationError: no such folder, or no run in it.
@@ -258,8 +253,13 @@ def find_results(paths: Sequence[Path]) -> tuple[list[Result], list[Path]]:
         if not below:
             raise EvaluationError(f"{path}: holds no results of vlmflow eval or sweep")
         found |= dict.fromkeys(below)
-    unfinished = [path for path in found if not (path / SUMMARY).is_file()]
-    return [Result.read(path) for path in found if path not in unfinished], unfinished
+    left_out: dict[Path, str] = {}
+    for path in found:
+        if not (path / SUMMARY).is_file():
+            left_out[path] = "not finished"
+        elif "experiment" in Folder(path).settings():
+            left_out[path] = "an experiment of vlmflow flow"
+    return [Result.read(path) for path in found if path not in left_out], left_out
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def report(results: Sequence[Result]) -> Report:
         EvaluationError: two runs of one model, method and task, or none at all.
     """
     if not results:
-        raise EvaluationError("no finished run to report")
+        raise EvaluationError("no finished run of vlmflow eval or sweep to report")
     cells: dict[tuple[str, str, str], Result] = {}
     labels = _labels(results)
     for one in results:

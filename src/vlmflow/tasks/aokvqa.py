@@ -39,7 +39,7 @@ def load(source: Source) -> Iterator[Sample]:
 
 def from_hub(row: Row) -> Sample:
     """A row of the hub's data set, or of the official file."""
-    choices = row.texts("choices")
+    choices = row.choices()
     if row.fields.get("correct_choice_idx") is None:
         raise TaskError(f"{row.origin}: no 'correct_choice_idx'; the test split has no public answers")
     return _sample(row, row.text("question_id"), choices, row.letter("correct_choice_idx", len(choices)))

@@ -158,6 +158,11 @@ class Figure:
         """True for the outcomes that are not left out."""
         return ~np.isnan(self.numerator)
 
+    def estimate(self, chosen: np.ndarray, images: np.ndarray, seed: int) -> tuple[float, float, float] | None:
+        """The figure of the chosen outcomes with its 95 % interval: (value, low, high); None where none counts."""
+        found = bootstrap(self.numerator[chosen], self.denominator[chosen], images[chosen], seed)
+        return found and (self.scale * found[0], self.scale * found[1], self.scale * found[2])
+
 
 Prompt = Callable[[Sample], str]
 Rule = Callable[[str, Sample], str | None]
@@ -211,6 +216,16 @@ class Task:
             asked["split"] = found.split
         return {name: str(value) for name, value in {**where, **asked}.items() if value is not None}
 
+    def marked_by(self) -> Rubric:
+        """The rubric by which a judge marks the answers.
+
+        Raises:
+            TaskError: it needs none.
+        """
+        if self.rubric is None:
+            raise TaskError(f"{self.name} is scored by its rules and needs no judge; leave the judge out")
+        return self.rubric
+
     def prompt(self, sample: Sample, style: str | None = None) -> str:
         """The text that goes with the images.
 
@@ -242,21 +257,32 @@ class Task:
         """
         if not outcomes:
             raise TaskError(f"{self.name}: no answers to measure")
-        figure = self.measure(outcomes)
+        figure, images = self.measure(outcomes), _images(outcomes)
         counted = figure.counted
-        images = _images(outcomes)[counted]
-        estimate = bootstrap(figure.numerator[counted], figure.denominator[counted], images, seed)
+        estimate = figure.estimate(counted, images, seed)
         return {
             "task": self.name,
             "figure": figure.name,
-            "value": None if estimate is None else figure.scale * estimate[0],
-            "interval": None if estimate is None else [figure.scale * bound for bound in estimate[1:]],
+            "value": estimate and estimate[0],
+            "interval": estimate and list(estimate[1:]),
             "n": int(counted.sum()),
-            "images": len(np.unique(images)),
+            "images": len(np.unique(images[counted])),
             "unparsed": sum(outcome.parsed is None for outcome in outcomes),
             "excluded": int((~counted).sum()),
             **figure.details,
         }
+
+    def parts(self, outcomes: Sequence[Outcome], seed: int = 0) -> dict[str, tuple[float, float, float] | None]:
+        """The figure of each group with its interval, as a part of the whole set's: (value, low, high).
+
+        None where nothing of the group is left. No group where there is no outcome.
+        """
+        if not outcomes:
+            return {}
+        figure, images = self.measure(outcomes), _images(outcomes)
+        groups = np.array([outcome.sample.group for outcome in outcomes])
+        names = dict.fromkeys(groups.tolist())
+        return {name: figure.estimate(figure.counted & (groups == name), images, seed) for name in names}
 
     def compare(self, first: Sequence[Outcome], second: Sequence[Outcome], seed: int = 0) -> dict[str, Any]:
         """The second method's figure minus the first's, on the same samples.

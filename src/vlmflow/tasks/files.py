@@ -6,6 +6,7 @@ import base64
 import binascii
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,15 @@ class Row:
         if not isinstance(listed, Sequence) or not listed or not all(isinstance(t, str) for t in listed):
             raise TaskError(f"{self.origin}: {name!r} must be a list of texts, got {value!r:.80}")
         return tuple(listed)
+
+    def choices(self) -> tuple[str, ...]:
+        """The list of texts ``choices``, each of which goes by a letter."""
+        choices = self.texts("choices")
+        if len(choices) > len(LETTERS):
+            raise TaskError(
+                f"{self.origin}: 'choices' may be at most {len(LETTERS)}, as each goes by a letter, got {len(choices)}"
+            )
+        return choices
 
     def number(self, name: str) -> int:
         """A whole number."""
@@ -112,10 +122,17 @@ def read_json(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        TaskError: it cannot be read, with line and column where it is broken.
+        TaskError: it cannot be read, with line and column where it is broken, or an object in it has a key twice.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise TaskError(f"{path}: holds {twice[0]!r} twice in one object; leave one of the two")
+        return dict(pairs)
+
     try:
-        return json.loads(_text(path))
+        return json.loads(_text(path), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise TaskError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from None
 
@@ -149,6 +166,21 @@ def read_lines(path: Path) -> Iterator[Row]:
         if not isinstance(fields, dict):
             raise TaskError(f"{origin}: must be a JSON object, got {fields!r:.80}")
         yield Row(origin, fields)
+
+
+def by_key(rows: Iterable[Row], name: str) -> dict[str, Row]:
+    """Records by the text of a field that tells them apart.
+
+    Raises:
+        TaskError: two have the same.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        key = row.text(name)
+        if key in found:
+            raise TaskError(f"{row.origin}: {name!r} {key!r} is taken by {found[key].origin}")
+        found[key] = row
+    return found
 
 
 def read_tsv(path: Path) -> Iterator[Row]:

@@ -23,13 +23,14 @@ def load(source: Source) -> Iterator[Sample]:
     folder = source.images or source.path.parent
     for number, row in enumerate(read_lines(source.path)):
         images = tuple(row.image_in([folder], name) for name in row.texts("image"))
-        choices = row.texts("choices") if "choices" in row.fields else ()
+        choices = row.choices() if "choices" in row.fields else ()
         accepted = row.texts("answer")
         answer = accepted[0]
         if choices:
-            if answer not in LETTERS[: len(choices)] and choices.count(answer) != 1:
+            named = list(LETTERS[: len(choices)])
+            if answer not in named and choices.count(answer) != 1:
                 raise TaskError(f"{row.origin}: 'answer' {answer!r:.40} is neither a letter nor one of the choices")
-            answer = answer if answer in LETTERS[: len(choices)] else LETTERS[choices.index(answer)]
+            answer = answer if answer in named else named[choices.index(answer)]
             accepted = ()
         yield Sample(
             id=row.text("id", str(number)),

@@ -42,9 +42,10 @@ class Verdict:
 class Judge:
     """Marks answers by a rubric; replies are kept on disk by the content of the request.
 
-    The key is read from the environment variable ``key_variable`` when the first request goes out, and is held by
-    the client only: no field, error or record has it. ``base_url`` None means OpenAI's own endpoint, or the one that
-    OPENAI_BASE_URL names. ``pause`` seconds before the first retry double with each further one.
+    The key is read from the environment variable ``key_variable`` when the first request goes out (``check`` looks
+    whether it is there), and is held by the client only: no field, error or record has it. ``base_url`` None means
+    OpenAI's own endpoint, or the one that OPENAI_BASE_URL names. ``pause`` seconds before the first retry double with
+    each further one.
     """
 
     model: str = "gpt-4o-2024-11-20"
@@ -59,7 +60,18 @@ class Judge:
     def __post_init__(self):
         if self.attempts < 1 or self.workers < 1:
             raise TaskError(f"Judge: attempts and workers must be at least 1, got {self.attempts} and {self.workers}")
+        if not self.model.strip():
+            raise TaskError(f"Judge: the judge's model must have a name, got {self.model!r}")
         self._endpoint()
+
+    def check(self) -> None:
+        """Find out beforehand what would end ``mark`` at its first request.
+
+        Raises:
+            TaskError: no client library, or no key.
+        """
+        _library()
+        self._key()
 
     def mark(self, rubric: Rubric, answers: Iterable[tuple[Sample, str]]) -> Iterator[Verdict]:
         """A verdict for each (sample, answer), in order, as they come.
@@ -111,6 +123,16 @@ class Judge:
             "temperature": min(2.0, rubric.temperature + rubric.hotter * attempt),
             "max_tokens": rubric.max_tokens,
         }
+
+    def _key(self) -> str:
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key or not (key.isascii() and key.isprintable()):
+            problem = "holds characters that no key has" if key else "is not set"
+            raise TaskError(
+                f"Judge: the environment variable {self.key_variable} {problem}; it must hold the endpoint's key "
+                "(any word, for a local endpoint that asks for none)"
+            )
+        return key
 
     def _endpoint(self) -> str:
         """The endpoint's address, refused if it may hold a secret: the client library logs it."""
@@ -198,15 +220,9 @@ class _Asker:
     def _connect(self) -> Any:
         with self._lock:
             if self._client is None:
-                judge, key = self.judge, os.environ.get(self.judge.key_variable, "").strip()
-                if not key or not (key.isascii() and key.isprintable()):
-                    problem = "holds characters that no key has" if key else "is not set"
-                    raise TaskError(
-                        f"Judge: the environment variable {judge.key_variable} {problem}; it must hold the endpoint's "
-                        "key (any word, for a local endpoint that asks for none)"
-                    )
+                judge = self.judge
                 self._client = _library().OpenAI(
-                    api_key=key, base_url=judge._endpoint(), timeout=judge.timeout, max_retries=0
+                    api_key=judge._key(), base_url=judge._endpoint(), timeout=judge.timeout, max_retries=0
                 )
             return self._client
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.core import Figure, Hub, Outcome, Rubric, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Row, find_file, read_hub, read_lines, read_tsv
+from vlmflow.tasks.files import Row, by_key, find_file, read_hub, read_lines, read_tsv
 
 HUB = Hub("lmms-lab-encoder/llava-bench-in-the-wild", "lmms-lab/llava-bench-in-the-wild", split="train")
 CATEGORIES = ("conv", "detail", "complex")
@@ -48,8 +48,8 @@ def load(source: Source) -> Iterator[Sample]:
             yield _sample(row, row.text("index"), row.text("question"), row.texts("caption"), "gpt4_ans")
         return
     folder = source.images or path.parent / "images"
-    contexts = {row.text("image"): row for row in read_lines(find_file(path.parent / "context.jsonl"))}
-    answers = {row.text("question_id"): row for row in read_lines(find_file(path.parent / "answers_gpt4.jsonl"))}
+    contexts = by_key(read_lines(find_file(path.parent / "context.jsonl")), "image")
+    answers = by_key(read_lines(find_file(path.parent / "answers_gpt4.jsonl")), "question_id")
     for row in read_lines(path):
         key, name = row.text("question_id"), row.text("image")
         if key not in answers or name not in contexts:

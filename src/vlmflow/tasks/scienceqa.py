@@ -38,7 +38,7 @@ def load(source: Source) -> Iterator[Sample]:
         split = source.split or "test"
         for row in read_table(path):
             if row.text("split") == split and (name := row.text("image", "")):
-                choices, key = row.texts("choices"), row.text("key")
+                choices, key = row.choices(), row.text("key")
                 picture = row.image_in([folder / key for folder in folders], name)
                 found = Row(row.origin, row.fields, picture)
                 yield _sample(found, key, choices, row.letter("answer", len(choices)))
@@ -50,7 +50,7 @@ def load(source: Source) -> Iterator[Sample]:
 
 def from_hub(row: Row) -> Sample:
     """A row of the hub's data set."""
-    choices = row.texts("choices")
+    choices = row.choices()
     return _sample(row, row.text("row"), choices, row.letter("answer", len(choices)))
 
 
@@ -78,7 +78,7 @@ def _from_conversation(row: Row) -> Sample:
     lines = turns[0].replace("<image>", "").strip().split("\n")
     first = next((i for i, line in enumerate(lines) if re.match(r"A\. ", line)), len(lines))
     choices = lines[first:]
-    if not choices or any(not line.startswith(f"{mark}. ") for mark, line in zip(LETTERS, choices, strict=False)):
+    if not choices or [line[:3] for line in choices] != [f"{mark}. " for mark in LETTERS[: len(choices)]]:
         raise TaskError(f"{row.origin}: the question must end in lines 'A. ...', 'B. ...', got {turns[0]!r:.120}")
     context, question = "", "\n".join(lines[:first])
     if question.startswith("Context: ") and "\n" in question:
