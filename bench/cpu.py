@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import timeit
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,24 @@ from torch.profiler import profile as recorded
 from vlmflow.engine import attach
 from vlmflow.geometry import Geometry
 from vlmflow.latency import machine
+from vlmflow.pruners import Pruner
 from vlmflow.synthetic import random_prompt
 
 NARROW = Geometry(hidden=1024, intermediate=2816, layers=16, heads=16, kv_heads=16, head_dim=64, vocab=32064)
 TOP = 8  # operations of a profile
+CALLS = 1000  # of a hook, timed together
 
 
 def prefill(dry: bool, name: str, dtype: torch.dtype, every: bool) -> dict[str, Any]:
-    """576 image and 60 text tokens; beside HiMAP, what the engine costs when it drops nothing, and bare layers."""
+    """576 image and 60 text tokens: HiMAP, the engine when it drops nothing, bare layers; then the other methods."""
     model = stages.subject(name, dry, dtype)
     layers = len(model.model.language_model.layers)
     pruners = stages.methods(layers)
-    chosen = {"keep all": stages.keep_all(layers)} | (pruners if every else {"himap": pruners["himap"]})
-    point = stages.measure(model, chosen, 576, batch=1, repeats=2, bare=True, dry=dry)
-    return stages.described(model) | {"name": name, "points": [point]}
+    engine = {"keep all": stages.keep_all(layers), "himap": pruners.pop("himap")}
+    points = [stages.measure(model, engine, 576, batch=1, repeats=5 if every else 2, bare=True, dry=dry)]
+    if every:
+        points.append(stages.measure(model, pruners, 576, batch=1, repeats=2, bare=True, dry=dry))
+    return stages.described(model) | {"name": name, "points": points}
 
 
 def profile(dry: bool) -> dict[str, Any]:
@@ -69,11 +74,28 @@ def decode(dry: bool) -> dict[str, Any]:
     """Time per token after the first, where the cache is short and where it is long."""
     model = stages.subject(NARROW, dry, torch.bfloat16)
     pruners = stages.methods(len(model.model.language_model.layers))
+    himap = {"himap": pruners["himap"]}
     points = [
-        stages.measure(model, pruners, image_tokens, batch, repeats=3, new_tokens=32, dry=dry)
-        for image_tokens, batch in ((576, 1), (576, 8), (2880, 1), (2880, 4))
+        stages.measure(model, chosen, image_tokens, batch, repeats, new_tokens=32, dry=dry)
+        for chosen, image_tokens, batch, repeats in (
+            (pruners, 576, 1, 5),
+            (pruners, 576, 8, 3),
+            (pruners, 2880, 1, 3),
+            (himap, 2880, 8, 2),
+        )
     ]
-    return stages.described(model) | {"points": points}
+    return stages.described(model) | {"points": points, "hook_seconds": hook_seconds(model, pruners["himap"])}
+
+
+def hook_seconds(model: Any, pruner: Pruner) -> float:
+    """What the engine does before each pruned layer when a token is decoded, no prompt being padded."""
+    layer = model.model.language_model.layers[-1]
+    prompt = random_prompt(model, model.config.image_seq_length, stages.TEXT, 1)
+    with attach(model, pruner), torch.inference_mode():
+        kwargs = {"past_key_values": model(**prompt, use_cache=True).past_key_values, "attention_mask": None}
+        (hook,) = layer._forward_pre_hooks.values()
+        token = torch.zeros(1, 1, model.config.text_config.hidden_size, dtype=model.dtype)
+        return min(timeit.repeat(lambda: hook(layer, (token,), kwargs), number=CALLS, repeat=5)) / CALLS
 
 
 def protocols(dry: bool) -> dict[str, Any]:

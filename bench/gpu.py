@@ -5,18 +5,23 @@
     python bench/gpu.py --dry              # the same code at a size of seconds, on any machine
 
 It begins with a table of what it found; a stage that cannot run here says why, and without CUDA nothing runs. Models
-have random weights at true widths and depths; answers are those of the embedded model. ``bench/report.py`` turns the
-JSON files into the tables of docs/performance.md.
+have random weights at true widths and depths; answers are those of the embedded model. Where a law fails, its stage
+writes its file, says how many, and the exit code is 1. ``bench/report.py`` turns the JSON files into the tables of
+docs/performance.md.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+
+# read when torch begins: sizes change from cell to cell, and memory in pieces would make large ones seem not to fit
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import gpu_figures
 import gpu_proofs
@@ -43,7 +48,7 @@ WEIGHTS = {  # the stages' largest models
     "decode": "llava-1.5-7b",
     "saliency": "llava-1.5-7b",
 }
-TESTED_WITH = ("pytest", "pytest_timeout", "beartype", "accelerate", "peft")
+TESTED_WITH = ("pytest", "pytest_timeout", "xdist", "beartype", "accelerate", "peft")
 
 
 def found() -> dict[str, str]:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import saliency
@@ -23,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from vlmflow.cost import kv_bytes
 from vlmflow.engine import attach
 from vlmflow.geometry import Geometry
-from vlmflow.latency import Protocol, Request, peak_memory, run, synchronize
+from vlmflow.latency import Protocol, Request, Timing, peak_memory, run, synchronize
 from vlmflow.pruners import Pruner, Unpruned
 from vlmflow.synthetic import random_prompt
 
@@ -32,6 +33,7 @@ DECODES = ((576, 1), (576, 8), (576, 64), (2880, 1), (2880, 8))
 PROMPTS = (700, 1500, 3000)  # tokens of a prompt to follow the flow in
 READERS = {"plain": "sdpa", "saliency": "sdpa", "checkpointed": "sdpa", "naive": "eager"}
 SMALL = 10_000  # image tokens of a batch up to which a prefill takes a fraction of a second
+TRIES = 8  # of a batch size
 DRY_MEMORY = 1 << 21  # bytes that a dry run takes for the device's
 
 
@@ -52,7 +54,10 @@ def prefill(dry: bool, name: str) -> dict[str, Any]:
     work = []
     for images in (576, 2880):
         inputs = random_prompt(model, images // stages.SHRINK**2 if dry else images, stages.TEXT, 1)
-        counts = {label: asked_of_device(model, inputs, pruner) for label, pruner in _with_none(pruners).items()}
+        counts = {
+            label: stages.attempt(lambda p=pruner, i=inputs: asked_of_device(model, i, p))
+            for label, pruner in _with_none(pruners).items()
+        }
         work.append({"batch": 1, "image_tokens": images, "methods": counts})
     return stages.described(model) | {"name": name, "points": points, "work": work}
 
@@ -65,8 +70,7 @@ def protocols(dry: bool) -> dict[str, Any]:
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         for protocol, attn in settings:
             model = subject(name, dry, attn)
-            published = stages.methods(len(model.model.language_model.layers))
-            pruners = {label: published[label] for label in ("himap", "fastv")}
+            pruners = stages.methods(len(model.model.language_model.layers))
             point = cell(model, pruners, 576, 1, repeats=5, new_tokens=16, protocol=protocol, dry=dry)
             points.append({"name": name} | point)
             record = stages.described(model)
@@ -112,33 +116,39 @@ def flow(dry: bool) -> dict[str, Any]:
 def cell(
     model: Any, pruners: Mapping[str, Pruner], image_tokens: int, batch: int, repeats: int, **how: Any
 ) -> dict[str, Any]:
-    """``stages.measure`` for those methods that fit; where the unpruned run does not, the others stand alone."""
+    """``stages.measure`` for those methods that fit; where they do not beside the unpruned run, each stands alone."""
     dry, new_tokens, protocol = how["dry"], how.get("new_tokens", 1), how.get("protocol", "deployed")
     images = image_tokens
     if dry:  # as stages.measure does
         images, new_tokens = image_tokens // stages.SHRINK**2, min(new_tokens, 3)
     prompt = stages.attempt(lambda: random_prompt(model, images, stages.TEXT, batch))
     request = None if prompt is None else Request(prompt, new_tokens, protocol)
-    fits = {
+    everyone = _with_none(pruners)
+    first = {
         name: None if request is None else stages.attempt(lambda p=pruner, r=request: run(model, r, p))
-        for name, pruner in _with_none(pruners).items()
+        for name, pruner in everyone.items()
     }
     setting = {"batch": batch, "image_tokens": images, "new_tokens": new_tokens, "protocol": protocol}
-    too_large = [name for name, timing in fits.items() if timing is None]
-    fitting = {name: pruner for name, pruner in pruners.items() if fits[name] is not None}
-    if fits["none"] is not None:
+    setting["does_not_fit"] = [name for name, timing in first.items() if timing is None]
+    if first["none"] is not None:
+        fitting = {name: pruner for name, pruner in pruners.items() if first[name] is not None}
         measured = stages.attempt(lambda: stages.measure(model, fitting, image_tokens, batch, repeats, **how))
         if measured is not None:
-            return measured | setting | {"does_not_fit": too_large}
-        too_large = ["none", *pruners]  # fitted alone, but not after the others: the allocator's memory is in pieces
-        fitting = {}
-    alone: dict[str, Any] = {}
-    for name, pruner in fitting.items():
-        timings = [run(model, request, pruner) for _ in range(1 if dry else 3)] if request is not None else []
-        seconds = {part: statistics.median(one.parts[part] for one in timings) for part in timings[0].parts}
-        peaks = [one.peak_bytes for one in timings if one.peak_bytes is not None]
-        alone[name] = {"seconds": seconds, "peak_bytes": max(peaks, default=None), "kv_bytes": timings[0].kv_bytes}
-    return setting | {"alone": alone, "methods": {}, "does_not_fit": too_large}
+            return measured | setting
+    alone = {
+        name: by_itself(model, request, everyone[name], timing, 1 if dry else 3)
+        for name, timing in first.items()
+        if timing is not None
+    }
+    return setting | {"alone": alone, "methods": {}}
+
+
+def by_itself(model: Any, request: Any, pruner: Pruner, first: Timing, repeats: int) -> dict[str, Any]:
+    """A method's medians with nothing beside it; those of its first run where it does not fit again."""
+    timings = stages.attempt(lambda: [run(model, request, pruner) for _ in range(repeats)]) or [first]
+    seconds = {part: statistics.median(one.parts[part] for one in timings) for part in first.parts}
+    peaks = [one.peak_bytes for one in timings if one.peak_bytes is not None]
+    return {"seconds": seconds, "peak_bytes": max(peaks, default=None), "kv_bytes": first.kv_bytes}
 
 
 def asked_of_device(model: Any, inputs: Mapping[str, Tensor], pruner: Pruner) -> dict[str, Any]:
@@ -186,27 +196,40 @@ def counted(events: Mapping[str, int]) -> dict[str, int]:
 
 
 def largest_batch(model: Any, pruner: Pruner, image_tokens: int, dry: bool) -> dict[str, Any]:
-    """How many prompts fit at once: by the cost model and the free memory, then the most of it that really ran.
+    """How many prompts fit at once: by the cost model and the free memory, and by trying from there up and down.
 
-    A prompt needs its KV cache, and while a layer reads it the states, queries, keys and values (8 widths) and the
-    MLP (3 inner widths) of all its rows. Tried are the computed batch and shares of it, the largest first.
+    ``ran`` is the most that ran, ``too_many`` the fewest that did not, None where none was found.
     """
     images = image_tokens // stages.SHRINK**2 if dry else image_tokens
-    geometry, width = Geometry.from_config(model.config), model.dtype.itemsize
-    schedule = pruner.schedule(geometry.layers, images)
-    cache = sum(kv_bytes(geometry, schedule, stages.TEXT, decoded=1, dtype_bytes=width))
-    layer = (images + stages.TEXT) * (8 * geometry.hidden + 3 * geometry.intermediate) * width
+    needed = prompt_bytes(Geometry.from_config(model.config), pruner, images, model.dtype.itemsize)
     stages.release()
     free = DRY_MEMORY if dry else torch.cuda.mem_get_info()[0]
-    computed = free // (cache + layer)
-    tried = sorted({max(1, int(computed * share)) for share in (1.1, 1, 0.95, 0.9, 0.8, 0.65, 0.5)}, reverse=True)
 
     def work(batch: int) -> bool:
         run(model, Request(random_prompt(model, images, stages.TEXT, batch), new_tokens=2), pruner)
         return True
 
-    ran = next((batch for batch in tried if stages.attempt(lambda b=batch: work(b))), 0)
-    return {"free_bytes": free, "kv_bytes": cache, "layer_bytes": layer, "computed": computed, "ran": ran}
+    ran, too_many, batch = 0, None, max(1, free // needed)
+    for _ in range(TRIES):
+        if stages.attempt(lambda b=batch: work(b)):
+            ran = batch
+        else:
+            too_many = batch
+        batch = ran + max(1, ran // 8) if too_many is None else (ran + too_many) // 2
+        if batch == ran:
+            break
+    return {"free_bytes": free, "prompt_bytes": needed, "computed": free // needed, "ran": ran, "too_many": too_many}
+
+
+def prompt_bytes(geometry: Geometry, pruner: Pruner, images: int, width: int) -> int:
+    """The most memory that a prompt takes while it is read: the caches that are filled, and one layer at work.
+
+    A layer holds the states, queries, keys and values (8 widths) and the MLP (3 inner widths) of the rows it is given.
+    """
+    schedule = pruner.schedule(geometry.layers, images)
+    filled = accumulate(kv_bytes(geometry, schedule, stages.TEXT, decoded=1, dtype_bytes=width))
+    row = (8 * geometry.hidden + 3 * geometry.intermediate) * width
+    return max(cache + (kept + stages.TEXT) * row for cache, kept in zip(filled, schedule, strict=True))
 
 
 def read_and_go_back(method: str, model: Any, inputs: Mapping[str, Tensor], repeats: int) -> dict[str, Any]:

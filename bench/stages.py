@@ -29,6 +29,9 @@ SIDE = 24  # of an image, in tokens: 576
 SHRINK = 6  # of that side in a dry run
 FOLDER = Path(__file__).parents[1] / "docs" / "performance"
 TEXT = 60
+LIMIT = 480  # seconds that a stage may take
+# how CUDA, cuDNN and cuBLAS say that memory does not suffice, the last when it cannot even begin
+FULL = ("out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 T = TypeVar("T")
 
 
@@ -128,7 +131,7 @@ def attempt(work: Callable[[], T]) -> T | None:
     try:
         result = work()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS says it so
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in FULL):
             raise
         result = None
     release()
@@ -150,8 +153,8 @@ def main(
 ) -> None:
     """Run the stages that were asked for; each writes ``NAME-STAGE.json``, whole or not at all.
 
-    ``refused`` says, knowing whether the run is dry, which stages cannot run here, and why. A stage that fails does not
-    keep the next one from running.
+    ``refused`` says, knowing whether the run is dry, which stages cannot run here, and why. A stage that fails, or
+    whose record counts what ``failed``, does not keep the next one from running.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(stages)}; default: all")
@@ -181,6 +184,11 @@ def main(
         record |= {"versions": versions(), "seconds": round(time.perf_counter() - start, 1)}
         write_json(options.out / f"{name}-{stage}.json", record)
         print(f"{name} {stage}: {record['seconds']} s, wrote {options.out / f'{name}-{stage}.json'}", flush=True)
+        if record["seconds"] > LIMIT:
+            print(f"{name} {stage}: took longer than the {LIMIT} s that a stage may take", flush=True)
+        if record.get("failed"):
+            print(f"{name} {stage}: {record['failed']} failed", flush=True)
+            failed.append(stage)
     if reasons.keys() >= set(chosen):
         print("nothing to run here")
     if failed:

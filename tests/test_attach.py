@@ -154,18 +154,18 @@ class TestWorksWith:
         assert trace.kv_lengths[-1] < trace.kv_lengths[0]
 
     def test_offloaded(self, own, batch, expected):
-        accelerate.cpu_offload(own, execution_device="cpu")
+        accelerate.cpu_offload(own, execution_device=tiny.DEVICE)
         with prune(own, HIMAP):
             assert torch.equal(generate(own, batch), expected)
 
     def test_offloaded_after_attaching(self, own, batch):
         with prune(own, PyramidDrop(layers=(2, 4))):
             answer = generate(own, batch)
-            accelerate.cpu_offload(own, execution_device="cpu")
+            accelerate.cpu_offload(own, execution_device=tiny.DEVICE)
             assert torch.equal(generate(own, batch), answer)
 
     def test_disk_offloaded(self, own, batch, expected, tmp_path):
-        accelerate.disk_offload(own, offload_dir=tmp_path, execution_device="cpu")
+        accelerate.disk_offload(own, offload_dir=tmp_path, execution_device=tiny.DEVICE)
         with prune(own, HIMAP):
             assert torch.equal(generate(own, batch), expected)
 
@@ -185,7 +185,11 @@ class TestWorksWith:
         assert trace.image_tokens[-1][0] < trace.image_tokens[0][0]
 
     def test_autocast(self, llava):
-        with prune(llava.model, HIMAP) as trace, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with (
+            prune(llava.model, HIMAP) as trace,
+            torch.no_grad(),
+            torch.autocast(llava.model.device.type, torch.bfloat16),
+        ):
             logits = llava.model(**llava.samples[0]).logits
         assert logits.isfinite().all()
         assert trace.image_tokens[-1][0] < trace.image_tokens[0][0]
@@ -199,12 +203,9 @@ class TestWorksWith:
     def test_a_taught_answer_has_no_say(self, llava):
         """With labels, only the prompt ranks: the kept tokens are those of inference."""
         sample = llava.samples[0]
-        answer = torch.randint(3, 90, (1, 4))
-        longer = {
-            **sample,
-            "input_ids": torch.cat([sample["input_ids"], answer], 1),
-            "attention_mask": torch.ones(1, sample["input_ids"].shape[1] + 4, dtype=torch.long),
-        }
+        answer = torch.randint(3, 90, (1, 4), device=tiny.DEVICE)
+        ids = torch.cat([sample["input_ids"], answer], 1)
+        longer = {**sample, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         labels = torch.cat([torch.full_like(sample["input_ids"], -100), answer], 1)
         with prune(llava.model, HIMAP) as trace, torch.no_grad():
             llava.model(**sample)

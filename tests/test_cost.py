@@ -15,7 +15,7 @@ import transformers as hf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiny import FAMILIES, IMAGE, PATCH, Sample, Tiny, build
+from tiny import DEVICE, FAMILIES, IMAGE, PATCH, Sample, Tiny, build
 from vlmflow import cost
 from vlmflow.cost import Score, cost_of, make_schedule
 from vlmflow.geometry import GEOMETRIES, Geometry, Tower, geometry_named
@@ -91,7 +91,7 @@ def test_exact_flops_equal_flop_counter(family: str, index: int) -> None:
 
     for step in (1, 2, 3):  # with a cache, past the window of gemma3_window
         with counting() as one:
-            model(torch.tensor([[7]]), past_key_values=out.past_key_values)
+            model(torch.tensor([[7]], device=DEVICE), past_key_values=out.past_key_values)
         assert one.flops == cost.decode_flops(geometry, full, text, step=step)
         held = [2 * layer.keys.nbytes for layer in out.past_key_values.layers]
         assert cost.kv_bytes(geometry, full, text, decoded=step, dtype_bytes=4) == tuple(held)
@@ -99,7 +99,7 @@ def test_exact_flops_equal_flop_counter(family: str, index: int) -> None:
 
 def test_exact_flops_equal_flop_counter_without_an_image() -> None:
     tiny = build("llava", layers=LAYERS)
-    ids = torch.arange(3, 14)[None]
+    ids = torch.arange(3, 14, device=DEVICE)[None]
     with counting() as counted:
         tiny.model(ids, logits_to_keep=1)
     assert counted.flops == cost.prefill_flops(Geometry.from_config(tiny.model.config), (0,) * LAYERS, 11)
@@ -108,12 +108,12 @@ def test_exact_flops_equal_flop_counter_without_an_image() -> None:
 def test_exact_flops_of_sparse_and_dense_layers_equal_flop_counter() -> None:
     config = copy.deepcopy(build("qwen3_vl_moe").model.config.text_config)
     config.num_hidden_layers, config.decoder_sparse_step, config.mlp_only_layers = 5, 2, [3]
-    model = hf.AutoModel.from_config(config, attn_implementation="sdpa", experts_implementation="eager")
+    model = hf.AutoModel.from_config(config, attn_implementation="sdpa", experts_implementation="eager").to(DEVICE)
     geometry = Geometry.from_config(config)
     assert geometry.dense_layers == (0, 2, 3, 4)
     assert geometry.vision is None
     with counting() as counted:
-        model(torch.arange(3, 14)[None])
+        model(torch.arange(3, 14, device=DEVICE)[None])
     assert counted.flops == cost.prefill_flops(geometry, (0,) * 5, 11, logits=0)
 
 
@@ -122,18 +122,19 @@ def test_exact_flops_of_other_decoders_equal_flop_counter(family: str) -> None:
     widths = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 50}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
     config = hf.AutoConfig.for_model(family, **widths, **heads)
+    model = hf.AutoModelForCausalLM.from_config(config).to(DEVICE)  # gemma2 knows eager only
     with counting() as counted:
-        hf.AutoModelForCausalLM.from_config(config)(torch.arange(3, 14)[None])  # gemma2 knows eager only
+        model(torch.arange(3, 14, device=DEVICE)[None])
     assert counted.flops == cost.prefill_flops(Geometry.from_config(config), (0,) * 4, 11, logits=11)
 
 
 def test_score_flops_equal_flop_counter() -> None:
     geometry = Geometry(hidden=24, intermediate=8, layers=2, heads=4, kv_heads=2, head_dim=5, vocab=9)
-    hidden, q, k = torch.randn(13, 24), torch.randn(4, 3, 5), torch.randn(4, 13, 5)
+    hidden, q, k = (torch.randn(*shape, device=DEVICE) for shape in ((13, 24), (4, 3, 5), (4, 13, 5)))
     with counting() as counted:
         q @ k.transpose(1, 2)
         for heads in (4, 2, 2):
-            torch.nn.functional.linear(hidden, torch.randn(heads * 5, 24))
+            torch.nn.functional.linear(hidden, torch.randn(heads * 5, 24, device=DEVICE))
     assert counted.flops == cost.score_flops(geometry, [Score(layer=1, queries=3, keys=13, peek=13)])
 
 

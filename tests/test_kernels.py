@@ -26,7 +26,8 @@ def flash_contract(module, query, key, value, attention_mask, scaling=None, posi
     if position_ids is not None and query.shape[0] == 1:
         assert (position_ids.diff(dim=-1) == 1).all()
     n_query, n_key, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    visible = torch.arange(n_key) <= torch.arange(n_key - n_query, n_key)[:, None]
+    position = torch.arange(n_key, device=query.device)
+    visible = position <= position[n_key - n_query :, None]
     if attention_mask is not None:
         assert attention_mask.shape == (query.shape[0], n_key)
         visible = visible & attention_mask[:, None, None, :].bool()
@@ -108,7 +109,7 @@ def prefill(model, sample):
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 def test_decoding_without_padding_adds_no_operation(pruner):
     small = tiny.build("llava")
-    sample, token, counts = small.samples[0], torch.tensor([[5]]), []
+    sample, token, counts = small.samples[0], torch.tensor([[5]], device=tiny.DEVICE), []
     with torch.no_grad():
         cache = prefill(small.model, sample).past_key_values
         with Operations() as plain:
@@ -128,7 +129,7 @@ def test_decoding_with_padding_narrows_the_mask_once_a_stage():
     for layers in (6, 9):
         small = tiny.build("llava", layers=layers)
         batch = small.collate(small.samples)
-        token = torch.full((len(small.samples), 1), 5)
+        token = torch.full((len(small.samples), 1), 5, device=tiny.DEVICE)
         mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
         with torch.no_grad(), prune(small.model, PRUNERS[0]):
             cache = prefill(small.model, batch).past_key_values
@@ -143,7 +144,7 @@ def test_a_prefill_waits_for_the_device_once(monkeypatch, pruner):
     """The prompt's counts are read in one go; decoding reads nothing."""
     small = tiny.build("llava")
     batch = small.collate(small.samples)
-    token = torch.full((len(small.samples), 1), 5)
+    token = torch.full((len(small.samples), 1), 5, device=tiny.DEVICE)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], 1)
     with synchronizations(monkeypatch) as plain_prefill:
         cache = prefill(small.model, batch).past_key_values
@@ -156,3 +157,20 @@ def test_a_prefill_waits_for_the_device_once(monkeypatch, pruner):
             small.model(input_ids=token, attention_mask=mask, past_key_values=cache)
     assert pruned_prefill - plain_prefill == Counter(tolist=1)
     assert pruned_step == plain_step
+
+
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_prefill_adds_operations_by_stage_not_by_layer(pruner, ragged):
+    """Whatever is narrowed is narrowed once a stage, however many layers use it; hooks begin at the scored layer."""
+    added = []
+    for layers in (6, 9):
+        small = tiny.build("llava", layers=layers)
+        prompt = small.collate(small.samples) if ragged else small.samples[0]
+        with Operations() as plain:
+            prefill(small.model, prompt)
+        with prune(small.model, pruner), Operations() as pruned:
+            prefill(small.model, prompt)
+        added.append(pruned.count.total() - plain.count.total())
+    assert added[0] == added[1]
+    assert 0 < added[0] <= 200 * len(pruner.stages(6, 50))
