@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
 LAWS := tests/test_laws.py tests/test_generate.py tests/test_attach.py tests/test_kernels.py tests/test_tap.py
 
-.PHONY: demo test lint types tests compat bench gpu clean
+.PHONY: demo test lint types tests compat lmms bench results gpu clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded model
 	$(BIN)/vlmflow demo
@@ -51,6 +51,9 @@ $(VENV)-compat-%/.installed: pyproject.toml constraints.txt
 bench: $(VENV)/.installed  ## the speed of pruning on this processor, and docs/performance.md's tables and picture
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/report.py
+
+results: $(VENV)/.installed  ## what pruning does to the embedded model: docs/results.md
+	$(BIN)/python bench/results.py
 
 gpu: $(VENV)/.installed  ## proofs and figures on a GPU, and their part of docs/performance.md
 	$(BIN)/python bench/gpu.py

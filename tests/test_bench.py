@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlmflow.evaluate.folder import Folder, Row
+from vlmflow.tasks import Sample
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -33,8 +36,10 @@ def test_every_stage_writes_its_file(bench, files):
     assert {path.stem for path in files.iterdir()} == {f"cpu-{stage}" for stage in bench("cpu").STAGES}
     record = json.loads((files / "cpu-prefill-7b-bfloat16.json").read_text())
     assert record["dtype"] == "bfloat16"
-    (point,) = record["points"]
-    assert list(point["methods"]) == ["none", "keep all", "himap", "fastv", "vtw", "pyramiddrop"]
+    point, others = record["points"]
+    assert list(point["methods"]) == ["none", "keep all", "himap"]
+    assert list(others["methods"]) == ["none", "fastv", "vtw", "pyramiddrop"]
+    assert 0 < json.loads((files / "cpu-decode.json").read_text())["hook_seconds"] < 1
     assert point["methods"]["none"]["promised"] == 1
     assert point["methods"]["keep all"]["promised"] < 1 < point["methods"]["himap"]["promised"]
     assert min(point["bare_seconds"].values()) > 0
@@ -59,8 +64,8 @@ def test_the_page_is_written_from_the_files(bench, files, tmp_path):
     page = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
     filled = report.filled(page, tmp_path)
     assert "| himap | 12.3 ms | 1.50 (1.40 to 1.60) |" in filled
-    assert "Batch 1, 16 image tokens:" in filled
-    assert "| 4 x 80 | himap |" in filled
+    assert "Batch 1, 16 image tokens, 1 rounds:" in filled
+    assert "| 8 x 80 (1) | himap |" in filled
     assert "`python bench/cpu.py decode`" in filled
     assert report.filled(filled, tmp_path) == filled
     report.picture(tmp_path, tmp_path / "promises.png")
@@ -74,3 +79,20 @@ def test_the_page_in_the_documentation_is_up_to_date(bench):
     report = bench("report")
     page = report.PAGE.read_text()
     assert report.filled(page, report.PAGE.with_suffix("")) == page
+
+
+def test_answers_of_two_sweeps_are_compared_by_question(bench, tmp_path):
+    for sweep, answers in (("batched", {"a": "yes", "b": "no", "c": "red"}), ("alone", {"a": "yes", "b": "yes"})):
+        folder = tmp_path / sweep / "himap-0.5"
+        folder.mkdir(parents=True)
+        (folder / "settings.json").write_text("{}")
+        Folder(folder).rows.append([Row(Sample(name, ()), "?", answer=said) for name, said in answers.items()])
+    found = bench("results").agreement(tmp_path / "batched", tmp_path / "alone")
+    assert found == {"himap-0.5": {"asked": 2, "other": ["b"]}}
+
+
+def test_the_pages_of_results_are_up_to_date(bench):
+    for path, blocks in bench("results").pages().items():
+        page = path.read_text()
+        for name, body in blocks.items():
+            assert bench("report").put(page, name, body) == page
