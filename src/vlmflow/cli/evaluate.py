@@ -22,6 +22,7 @@ from vlmflow.cli.common import (
     DtypeOption,
     ModelOption,
     SetOption,
+    absolute,
     load_model,
     notes,
     out,
@@ -94,7 +95,7 @@ def evaluate(
         chosen = _task(task)
         marker = _marker(chosen, judge, judge_url, dry_run, out_dir)
         fleet = _fleet(engine, workers, gpus_per_worker, ray_address)
-        where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
+        where = Source(absolute(source), absolute(images), hub, config, split, revision)
         _check_out(out_dir)
         samples = _samples(chosen, where, prompt_style, rule, limit)
     from vlmflow.evaluate.budgets import for_task
@@ -176,7 +177,7 @@ def sweep(
             raise ValueError(f"{task} needs a judge; evaluate its methods one by one with eval --judge")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ValueError("sweep runs in one process; under torchrun evaluate its methods one by one with eval")
-        where = Source(_absolute(source), _absolute(images), hub, config, split, revision)
+        where = Source(absolute(source), absolute(images), hub, config, split, revision)
         _check_out(out_dir)
         samples = _samples(chosen, where, prompt_style, rule, limit)
     vlm = load_model(model, device, dtype)
@@ -330,10 +331,6 @@ def _fleet(
 def _check_out(folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"--out wants a folder, and {folder} is a file")
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return path and path.resolve()
 
 
 def _shares(text: str) -> list[float]:
