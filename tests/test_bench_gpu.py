@@ -466,11 +466,18 @@ def elsewhere(monkeypatch):
 
 @pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
 def test_the_engine_follows_the_models_device(elsewhere, pruner):
-    """A prefill reads the device once, whatever its stages; decoding neither reads nor writes."""
+    """A prefill reads the device once and writes the quotas, whatever its stages; decoding neither reads nor writes."""
     model, ids, traffic = elsewhere
+    with torch.no_grad(), BetweenDevices() as plain:
+        model(input_ids=ids)
+    written = traffic["written"]
+    drawn = isinstance(pruner, Random | Uniform)  # on the host, so that every device keeps the same tokens
     with prune(model, pruner), torch.no_grad():
-        out = model(input_ids=ids)
+        with BetweenDevices() as copies:
+            out = model(input_ids=ids)
         assert traffic["read"] == 1
+        assert traffic["written"] == 2 * written
+        assert copies.count.total() - plain.count.total() == 1 + drawn
         before = Counter(traffic)
         with BetweenDevices() as copies:
             model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
