@@ -23,6 +23,7 @@ from vlmflow.models import VLM, load
 from vlmflow.pico import MODEL_DIR, checksum
 from vlmflow.pruners import Unpruned
 from vlmflow.tasks import TASKS, Outcome, Picture, Sample, Source, Task
+from vlmflow.tasks.pico import FIRST
 
 GREY = (224, 224, 224)
 GROUPS = {
@@ -110,6 +111,7 @@ def main(
         "weights": checksum(MODEL_DIR if model == "pico" else Path(model)),
         "versions": versions(),
         "pictures": pictures,
+        "seeds": {"first scene": FIRST, "bootstrap": Evaluation(TASKS["pico"], Unpruned()).seed},
         "decoding": "greedy",
         "command": f"python -m vlmflow.evaluate.score_card --pictures {pictures}",
         "sets": score(vlm, pictures, batch_size, work),
