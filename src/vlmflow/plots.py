@@ -238,7 +238,8 @@ def log_ratios(stem: Path, places: Sequence[str], lost: Mapping[str, Curve], rat
     lower.plot(x, shown, "o", color="black", markersize=6, gid="D")
     for sign, marker in ((1, "^"), (-1, "v")):
         beyond = np.isinf(bounds[0]) & (np.sign(bounds[0]) == sign)
-        lower.plot(x[beyond], value[beyond], marker, color="black", markersize=9, fillstyle="none", clip_on=False)
+        if beyond.any():  # unclipped and empty, it would claim room down to the figure's corner
+            lower.plot(x[beyond], value[beyond], marker, color="black", markersize=9, fillstyle="none", clip_on=False)
     lower.set_ylim(-edge, edge)
     lower.set_ylabel("D = log(E_vv / E_vt)")
     lower.text(0.01, 0.97, "intra-visual flow matters more", transform=lower.transAxes, va="top", fontsize=8)
