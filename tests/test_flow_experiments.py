@@ -287,6 +287,15 @@ def test_figures_show_every_curve(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == before
 
 
+def test_a_figure_has_no_empty_band(tmp_path):
+    curve = plots.Curve([0.4, 0.2], [0.3, 0.1], [0.5, 0.3])
+    plots.log_ratios(tmp_path / "a", ["0-1", "2-3"], {"one": curve, "two": curve}, curve, "title")
+    with Image.open(tmp_path / "a.png") as picture:
+        ink = (np.asarray(picture.convert("L")) < 255).any(axis=1)
+    rows = np.flatnonzero(np.concatenate([[True], ink, [True]]))
+    assert np.diff(rows).max() < len(ink) / 20
+
+
 # -- the command line
 
 
