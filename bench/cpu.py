@@ -1,6 +1,7 @@
 """Speed on a processor: prefill, decoding and the authors' protocol, each method beside the unpruned run.
 
-    python bench/cpu.py                    # all stages; under 20 minutes on two cores
+    python bench/cpu.py                    # all stages but saliency; under 20 minutes on two cores
+    python bench/cpu.py saliency           # some minutes more
     python bench/cpu.py decode --dry       # one stage, at a size of seconds
 
 Models have random weights at true widths, and layers that share one set of them: the same arithmetic in a fraction of
@@ -12,9 +13,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import timeit
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import stages
@@ -22,27 +25,64 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as recorded
 
+import vlmflow
 from vlmflow.engine import attach
 from vlmflow.geometry import Geometry
 from vlmflow.latency import machine
 from vlmflow.pruners import Pruner
 from vlmflow.synthetic import random_prompt
 
-NARROW = Geometry(hidden=1024, intermediate=2816, layers=16, heads=16, kv_heads=16, head_dim=64, vocab=32064)
+NARROW = Geometry(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=16, head_dim=64, vocab=32064)
 TOP = 8  # operations of a profile
+ENGINE, KERNEL = str(Path(vlmflow.__file__).parent), "sdpa_attention_forward"
 CALLS = 1000  # of a hook, timed together
 
 
-def prefill(dry: bool, name: str, dtype: torch.dtype, every: bool) -> dict[str, Any]:
-    """576 image and 60 text tokens: HiMAP, the engine when it drops nothing, bare layers; then the other methods."""
-    model = stages.subject(name, dry, dtype)
-    layers = len(model.model.language_model.layers)
-    pruners = stages.methods(layers)
-    engine = {"keep all": stages.keep_all(layers), "himap": pruners.pop("himap")}
-    points = [stages.measure(model, engine, 576, batch=1, repeats=5 if every else 2, bare=True, dry=dry)]
-    if every:
-        points.append(stages.measure(model, pruners, 576, batch=1, repeats=2, bare=True, dry=dry))
-    return stages.described(model) | {"name": name, "points": points}
+def prefill(dry: bool, name: str, dtype: torch.dtype, repeats: int, layers: int | None = None) -> dict[str, Any]:
+    """576 image and 60 text tokens: HiMAP beside bare layers, and the engine's own part in it."""
+    model = stages.subject(name, dry, dtype, layers=layers)
+    himap = stages.methods(len(model.model.language_model.layers))["himap"]
+    point = stages.measure(model, {"himap": himap}, 576, batch=1, repeats=repeats, bare=True, dry=dry)
+    return stages.described(model) | {"name": name, "points": [point], "engine_seconds": engine_seconds(model, himap)}
+
+
+def peers(dry: bool) -> dict[str, Any]:
+    """The same prompt by every method, at a quarter of the depth."""
+    model = stages.subject("llava-1.5-7b", dry, torch.bfloat16, layers=8)
+    pruners = stages.methods(len(model.model.language_model.layers))
+    point = stages.measure(model, pruners, 576, batch=1, repeats=3, dry=dry)
+    return stages.described(model) | {"name": "llava-1.5-7b", "points": [point]}
+
+
+def engine_seconds(model: Any, pruner: Pruner) -> float:
+    """What one prefill spends in the engine and in what it calls, rankings and gathers: all but the model's kernel."""
+    prompt, clock = random_prompt(model, model.config.image_seq_length, stages.TEXT, 1), EngineClock()
+    with attach(model, pruner), torch.inference_mode():
+        sys.setprofile(clock)
+        model(**prompt, logits_to_keep=1)
+        sys.setprofile(None)
+    return clock.seconds
+
+
+class EngineClock:
+    """A profile function for ``sys.setprofile``: it runs in the engine's calls, and stands still in a kernel's."""
+
+    def __init__(self) -> None:
+        self.seconds = self.since = 0.0
+        self.runs = [False]  # for each call on the stack
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        before, now = self.runs[-1], time.perf_counter()
+        if event == "call":
+            code = frame.f_code
+            inherited = before and code.co_name != KERNEL
+            self.runs.append(inherited or code.co_filename.startswith(ENGINE))
+        elif event == "return" and len(self.runs) > 1:
+            self.runs.pop()
+        if before and not self.runs[-1]:
+            self.seconds += now - self.since
+        elif self.runs[-1] and not before:
+            self.since = now
 
 
 def profile(dry: bool) -> dict[str, Any]:
@@ -78,9 +118,9 @@ def decode(dry: bool) -> dict[str, Any]:
     points = [
         stages.measure(model, chosen, image_tokens, batch, repeats, new_tokens=32, dry=dry)
         for chosen, image_tokens, batch, repeats in (
-            (pruners, 576, 1, 5),
-            (pruners, 576, 8, 3),
-            (pruners, 2880, 1, 3),
+            (pruners, 576, 1, 8),
+            (himap, 576, 8, 3),
+            (himap, 2880, 1, 3),
             (himap, 2880, 8, 2),
         )
     ]
@@ -112,9 +152,8 @@ def saliency(dry: bool) -> dict[str, Any]:
     """Following the flow beside a plain forward and backward, and beside keeping every attention matrix."""
     script = Path(__file__).with_name("saliency.py")
     small = ["--tokens", "150", "--layers", "2", "--hidden", "64", "--heads", "4"]
-    run = subprocess.run(
-        [sys.executable, str(script), *(small if dry else [])], capture_output=True, text=True, check=True
-    )
+    chosen = [*(small if dry else []), "--threads", str(torch.get_num_threads())]
+    run = subprocess.run([sys.executable, str(script), *chosen], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     settings = found["settings"]
     described = {"geometry": f"{settings['layers']} layers, {settings['hidden']} wide", "dtype": "float32"}
@@ -123,9 +162,10 @@ def saliency(dry: bool) -> dict[str, Any]:
 
 
 STAGES = {
-    "prefill-7b-bfloat16": lambda dry: prefill(dry, "llava-1.5-7b", torch.bfloat16, every=True),
-    "prefill-7b-float32": lambda dry: prefill(dry, "llava-1.5-7b", torch.float32, every=False),
-    "prefill-13b-bfloat16": lambda dry: prefill(dry, "llava-1.5-13b", torch.bfloat16, every=False),
+    "prefill-7b-bfloat16": lambda dry: prefill(dry, "llava-1.5-7b", torch.bfloat16, repeats=4),
+    "prefill-13b-bfloat16": lambda dry: prefill(dry, "llava-1.5-13b", torch.bfloat16, repeats=2),
+    "prefill-7b-float32": lambda dry: prefill(dry, "llava-1.5-7b", torch.float32, repeats=3, layers=8),
+    "prefill-peers": peers,
     "profile": profile,
     "decode": decode,
     "protocols": protocols,
@@ -133,4 +173,4 @@ STAGES = {
 }
 
 if __name__ == "__main__":
-    stages.main("cpu", STAGES, __doc__ or "")
+    stages.main("cpu", STAGES, __doc__ or "", apart=["saliency"])

@@ -10,6 +10,7 @@ import gc
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ SIDE = 24  # of an image, in tokens: 576
 SHRINK = 6  # of that side in a dry run
 FOLDER = Path(__file__).parents[1] / "docs" / "performance"
 TEXT = 60
+TIMED = 4  # of the bare layers that get as many rows
 LIMIT = 480  # seconds that a stage may take
 # how CUDA, cuDNN and cuBLAS say that memory does not suffice, the last when it cannot even begin
 FULL = ("out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
@@ -42,11 +44,12 @@ def subject(
     attn: str = "sdpa",
     device: str = "cpu",
     shared: bool = True,
+    layers: int | None = None,
 ) -> Any:
     """A random model at a geometry's widths, on images of 576 tokens; in a dry run a tiny one."""
     widths = GEOMETRIES[geometry] if isinstance(geometry, str) else geometry
-    widths, side = (TINY, SIDE // SHRINK) if dry else (widths, SIDE)
-    return random_model(widths, side, share_weights=shared, dtype=dtype, device=device, attn=attn)
+    widths, side, layers = (TINY, SIDE // SHRINK, None) if dry else (widths, SIDE, layers)
+    return random_model(widths, side, layers=layers, share_weights=shared, dtype=dtype, device=device, attn=attn)
 
 
 def described(model: Any) -> dict[str, Any]:
@@ -73,19 +76,25 @@ def keep_all(layers: int) -> HiMAP:
 
 
 def bare_layers(model: Any, schedule: Sequence[int], text_tokens: int, batch: int) -> float:
-    """Seconds of the decoder layers called one after the other on fewer rows: pruning without an engine."""
+    """Seconds of the decoder layers called one after the other on fewer rows: pruning without an engine.
+
+    Of the layers that get as many rows, a few are timed and stand for the others.
+    """
     decoder, device = model.model.language_model, model.device
     states = torch.randn(batch, schedule[0] + text_tokens, model.config.text_config.hidden_size, device=device)
     states, positions = states.to(model.dtype), torch.arange(states.shape[1], device=device)[None]
-    tables = decoder.rotary_emb(states, positions)
-    synchronize(device)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for layer, image_tokens in zip(decoder.layers, schedule, strict=True):
-            rows = image_tokens + text_tokens
-            layer(states[:, :rows], position_embeddings=tuple(table[:, :rows] for table in tables))
-    synchronize(device)
-    return time.perf_counter() - start
+    tables, seconds = decoder.rotary_emb(states, positions), 0.0
+    for image_tokens, count in Counter(schedule).items():
+        rows, timed = image_tokens + text_tokens, decoder.layers[: min(count, TIMED)]
+        narrow = tuple(table[:, :rows] for table in tables)
+        synchronize(device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for layer in timed:
+                layer(states[:, :rows], position_embeddings=narrow)
+        synchronize(device)
+        seconds += (time.perf_counter() - start) * count / len(timed)
+    return seconds
 
 
 def measure(
@@ -114,7 +123,7 @@ def measure(
     request = Request(random_prompt(model, image_tokens, TEXT, batch), new_tokens, protocol)
     found = asdict(compare(model, request, pruners, repeats, each=beside))
     if bare:
-        found["bare_seconds"] = {name: statistics.median(taken[1:]) for name, taken in alone.items()}
+        found["bare_seconds"] = {name: statistics.median(taken) for name, taken in alone.items()}
     geometry, width = Geometry.from_config(model.config), model.dtype.itemsize
     if protocol == "deployed":
         schedules = {name: pruner.schedule(layers, image_tokens) for name, pruner in pruners.items()}
@@ -150,14 +159,17 @@ def main(
     stages: Mapping[str, Callable[[bool], dict[str, Any]]],
     about: str,
     refused: Callable[[bool], Mapping[str, str]] = lambda dry: {},
+    apart: Sequence[str] = (),
 ) -> None:
     """Run the stages that were asked for; each writes ``NAME-STAGE.json``, whole or not at all.
 
-    ``refused`` says, knowing whether the run is dry, which stages cannot run here, and why. A stage that fails, or
-    whose record counts what ``failed``, does not keep the next one from running.
+    ``refused`` says, knowing whether the run is dry, which stages cannot run here, and why; ``apart`` names those that
+    run only when they are asked for. A stage that fails, or whose record counts what ``failed``, does not keep the
+    next one from running.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(stages)}; default: all")
+    default = " but ".join(["all", *apart])
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(stages)}; default: {default}")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON files")
     parser.add_argument("--dry", action="store_true", help="the same code at a size of seconds, on any machine")
     options = parser.parse_args()
@@ -165,7 +177,7 @@ def main(
     if unknown:
         parser.error(f"unknown stage {unknown[0]}; choose from {', '.join(stages)}")
     reasons, failed = refused(options.dry), []
-    chosen = options.stages or list(stages)
+    chosen = options.stages or [stage for stage in stages if stage not in apart]
     for stage in chosen:
         if stage in reasons:
             print(f"{name} {stage}: cannot run here: {reasons[stage]}", flush=True)

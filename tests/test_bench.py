@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -36,13 +37,41 @@ def test_every_stage_writes_its_file(bench, files):
     assert {path.stem for path in files.iterdir()} == {f"cpu-{stage}" for stage in bench("cpu").STAGES}
     record = json.loads((files / "cpu-prefill-7b-bfloat16.json").read_text())
     assert record["dtype"] == "bfloat16"
-    point, others = record["points"]
-    assert list(point["methods"]) == ["none", "keep all", "himap"]
-    assert list(others["methods"]) == ["none", "fastv", "vtw", "pyramiddrop"]
-    assert 0 < json.loads((files / "cpu-decode.json").read_text())["hook_seconds"] < 1
-    assert point["methods"]["none"]["promised"] == 1
-    assert point["methods"]["keep all"]["promised"] < 1 < point["methods"]["himap"]["promised"]
+    (point,) = record["points"]
+    assert list(point["methods"]) == ["none", "himap"]
+    assert point["methods"]["none"]["promised"] == 1 < point["methods"]["himap"]["promised"]
     assert min(point["bare_seconds"].values()) > 0
+    assert 0 < record["engine_seconds"] < 1
+    (peers,) = json.loads((files / "cpu-prefill-peers.json").read_text())["points"]
+    assert list(peers["methods"]) == ["none", "himap", "fastv", "vtw", "pyramiddrop"]
+    assert 0 < json.loads((files / "cpu-decode.json").read_text())["hook_seconds"] < 1
+
+
+THEIRS = """
+def sdpa_attention_forward(): wait(100)
+def layer(): wait(10); score(); wait(10)
+"""
+ENGINE = """
+def hook(): wait(1); sdpa_attention_forward(); select(); layer()
+def select(): wait(2)
+def score(): wait(4)
+"""
+
+
+def test_the_engines_clock_stands_still_in_kernels(bench, tmp_path, monkeypatch):
+    """Of a call into the engine's folder everything counts, what it calls too, but for the model's attention kernel."""
+    cpu, now = bench("cpu"), [0.0]
+    scope = {"wait": lambda seconds: now.__setitem__(0, now[0] + seconds)}
+    exec(THEIRS, scope)
+    exec(compile(ENGINE, str(tmp_path / "engine.py"), "exec"), scope)
+    monkeypatch.setattr(cpu, "ENGINE", str(tmp_path))
+    monkeypatch.setattr(cpu, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = cpu.EngineClock()
+    sys.setprofile(clock)
+    scope["layer"]()
+    scope["hook"]()
+    sys.setprofile(None)
+    assert clock.seconds == 4 + (1 + 2 + 10 + 4 + 10)
 
 
 def test_a_dry_run_is_no_result(bench, files):

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 from vlmflow import VTW, FastV, HiMAP, attach
 from vlmflow.cost import kv_bytes
 from vlmflow.geometry import Geometry
-from vlmflow.latency import Comparison, Latency, Ratio, Request, Timing, compare, run
+from vlmflow.latency import Comparison, Latency, Ratio, Request, Timing, compare, run, warm_up
 from vlmflow.pruners import Unpruned
 from vlmflow.synthetic import random_model, random_prompt, square_side
 
@@ -101,16 +101,21 @@ def test_unpruned_runs_with_nothing_attached(model, prompts):
             run(model, Request(prompts), HiMAP(k1=1, k2=3))
 
 
-def test_runs_are_interleaved_and_the_first_round_is_not_counted(model, prompts, monkeypatch):
+def test_runs_are_interleaved_after_a_round_that_is_not_counted(model, prompts, monkeypatch):
     seen = []
 
     def fake(_model, _request, pruner):
         seen.append(type(pruner).__name__)
         return Timing(1.0, float(len(seen)), 0.0, (), None, 0)
 
+    def warm(*given):
+        seen.append("warm")
+        return warm_up(*given)
+
     monkeypatch.setattr("vlmflow.latency.run", fake)
+    monkeypatch.setattr("vlmflow.latency.warm_up", warm)
     found = compare(model, Request(prompts), {"himap": HiMAP(k1=1, k2=3), "vtw": VTW(k=3)}, repeats=2)
-    assert seen == ["Unpruned", "HiMAP", "VTW"] * 3
+    assert seen == ["warm"] * 3 + ["Unpruned", "HiMAP", "VTW"] * 2
     assert found.methods["none"].seconds["prefill"] == (4 + 7) / 2
     assert found.methods["vtw"].seconds["prefill"] == (6 + 9) / 2
     assert found.methods["himap"].speedup["prefill"].value == (4 + 7) / (5 + 8)
@@ -118,6 +123,18 @@ def test_runs_are_interleaved_and_the_first_round_is_not_counted(model, prompts,
     assert found.text_tokens == (7, 7, 7)
     cost = HiMAP(k1=1, k2=3).cost(GEOMETRY, 50, 7, 7)
     assert found.methods["himap"].promised == pytest.approx(1 / cost.share("exact_flops"))
+
+
+@pytest.mark.parametrize("protocol", ["deployed", "paper"])
+def test_warming_up_decodes_and_tells_of_the_prompts(model, prompts, protocol):
+    lengths = []
+    layer = model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    trace = warm_up(model, Request(prompts, 3, protocol), HiMAP(k1=1, k2=3))
+    hook.remove()
+    assert lengths == [57, 1, 1]
+    assert trace.tokens[0] == (57, 57, 57)
+    assert trace.image_tokens[3] == (6, 6, 6)
 
 
 def test_ratio_and_what_does_not_pay():

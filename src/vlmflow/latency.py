@@ -138,23 +138,28 @@ def compare(
 ) -> Comparison:
     """Measure methods on a request, beside the bare model; ``each`` is called after every run with its method's name.
 
-    The first round warms up and is not counted. ``none`` runs with nothing attached.
+    A round that is not timed comes first. ``none`` runs with nothing attached.
     """
     pruners = {"none": Unpruned()} | dict(pruners)
+    traces = {name: warm_up(model, request, pruner) for name, pruner in pruners.items()}
     runs: dict[str, list[Timing]] = {name: [] for name in pruners}
-    for number in range(repeats + 1):
+    for _ in range(repeats):
         for name, pruner in pruners.items():
-            timing = run(model, request, pruner)
-            if number:
-                runs[name].append(timing)
+            runs[name].append(run(model, request, pruner))
             each(name)
-    traces = {name: read(model, request, pruner) for name, pruner in pruners.items()}
     methods = {
         name: Latency.of(pruner, promised_speedup(traces[name]), runs["none"], runs[name])
         for name, pruner in pruners.items()
     }
     images, tokens = traces["none"].image_tokens[0], traces["none"].tokens[0]
     return Comparison(images, tuple(all_ - image for all_, image in zip(tokens, images, strict=True)), methods)
+
+
+def warm_up(model: nn.Module, request: Request, pruner: Pruner) -> Trace:
+    """Answer once, untimed and with a cache whatever the protocol: what the pruner did to the prompts."""
+    with attach(model, pruner) as trace, torch.inference_mode():
+        _generate(model, request, stamp=lambda: None)
+    return trace
 
 
 def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
@@ -180,13 +185,6 @@ def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
     start, entered, left, *tokens = stamps
     decode = tuple(after - before for before, after in pairwise(tokens))
     return Timing(entered - start, left - entered, tokens[0] - left, decode, peak(), kv_bytes)
-
-
-def read(model: nn.Module, request: Request, pruner: Pruner) -> Trace:
-    """Read the prompts once, untimed: what the pruner did to them."""
-    with attach(model, pruner) as trace, torch.inference_mode():
-        model(**request.inputs, use_cache=False, logits_to_keep=1)
-    return trace
 
 
 def promised_speedup(trace: Trace) -> float | None:
