@@ -51,7 +51,7 @@ def test_received_sums_rows_in_pieces(heads, monkeypatch):
     rows = torch.arange(7).expand(2, 7)
     seen = QueryRows.take(query, key, None, rows, torch.ones(2, 7, dtype=torch.bool))
     expected = seen.weights().mean(1).sum(1)
-    monkeypatch.setattr(attention, "_ROW_BUDGET", 2 * 4 * 9 * 2)  # two rows at a time
+    monkeypatch.setattr(attention, "_row_budget", lambda device: 2 * 4 * 9 * 2)  # two rows at a time
     torch.testing.assert_close(seen.received(), expected)
 
 
