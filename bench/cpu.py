@@ -116,12 +116,12 @@ def decode(dry: bool) -> dict[str, Any]:
     pruners = stages.methods(len(model.model.language_model.layers))
     himap = {"himap": pruners["himap"]}
     points = [
-        stages.measure(model, chosen, image_tokens, batch, repeats, new_tokens=32, dry=dry)
-        for chosen, image_tokens, batch, repeats in (
-            (pruners, 576, 1, 8),
-            (himap, 576, 8, 3),
-            (himap, 2880, 1, 3),
-            (himap, 2880, 8, 2),
+        stages.measure(model, chosen, image_tokens, batch, repeats, new_tokens, dry=dry)
+        for chosen, image_tokens, batch, repeats, new_tokens in (
+            (pruners, 576, 1, 8, 32),
+            (himap, 576, 8, 3, 16),
+            (himap, 2880, 1, 3, 16),
+            (himap, 2880, 8, 2, 16),
         )
     ]
     return stages.described(model) | {"points": points, "hook_seconds": hook_seconds(model, pruners["himap"])}
