@@ -33,7 +33,7 @@ class Finished:
 
 def vlmflow(*args) -> Finished:
     """Run the command in this process; an error that is no refusal is raised."""
-    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "100"}, catch_exceptions=False)
+    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "80"}, catch_exceptions=False)
     return Finished(done.exit_code, done.stdout, done.stderr)
 
 
@@ -136,14 +136,15 @@ def test_cost_refuses_in_one_line(args, says):
 
 
 def test_bench_of_a_model_and_of_a_geometry(tmp_path):
-    sizes = ["--batch-size", "1,2", "--new-tokens", "2", "--repeats", "1", "--pruners", "himap"]
+    sizes = ["--batch-size", "1,2", "--new-tokens", "2", "--repeats", "1", "--pruners", "himap,pyramiddrop"]
     run = vlmflow("bench", *sizes, "--save", tmp_path / "bench.json")
     assert run.returncode == 0, run.stderr
+    assert "…" not in run.stdout  # nothing is cut where a terminal is 80 columns wide
     record = json.loads(run.stdout.strip().split("\n")[-1])
     assert json.loads((tmp_path / "bench.json").read_text()) == record
     assert [point["batch"] for point in record["points"]] == [1, 2]
     assert record["points"][1]["image_tokens"] == [576, 576]
-    assert record["points"][0]["methods"].keys() == {"none", "himap"}
+    assert record["points"][0]["methods"].keys() == {"none", "himap", "pyramiddrop"}
     narrow = ["--geometry", "llava-1.5-7b", "--layers", "3", "--image-tokens", "4", "--text-tokens", "3"]
     run = vlmflow("bench", *narrow, "--new-tokens", "1", "--repeats", "1", "--pruners", "fastv", "--dtype", "float32")
     assert run.returncode == 0, run.stderr

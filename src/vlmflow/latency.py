@@ -239,7 +239,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     elif Path("/proc/self/clear_refs").exists():
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        yield lambda: _resident("VmHWM") - before
+        yield lambda: max(0, _resident("VmHWM") - before)  # Linux counts in lots of pages, by thread
     else:
         yield lambda: None
 

@@ -172,17 +172,18 @@ def print_point(request: Request, found: Comparison) -> None:
     out.print(
         f"\nBatch {batch}, {images / batch:g} image and {texts / batch:g} text tokens, {request.new_tokens} new tokens"
     )
-    table = plain_table("method", "vision + prefill", "times as fast", "FLOPs", "next", "end to end", "memory")
+    columns = ("method", "vision\n+ prefill", "times\nas fast", "FLOPs", "next", "end\nto end", "memory")
+    table = plain_table(*columns)
     for column in table.columns:
         column.justify, column.no_wrap = "left" if column.header == "method" else "right", True
     for name, one in found.methods.items():
         table.add_row(
             name,
-            f"{seconds(one.seconds['vision'])} + {seconds(one.seconds['prefill'])}",
-            ratio(one.speedup["ttft"]),
+            f"{seconds(one.seconds['vision'])}\n+ {seconds(one.seconds['prefill'])}",
+            ratio(one.speedup["ttft"], "\n"),
             f"{one.promised:.2f}" if one.promised else "?",
             seconds(one.seconds["tpot"]) if "tpot" in one.seconds else "",
-            ratio(one.speedup["total"]),
+            ratio(one.speedup["total"], "\n"),
             decimal(one.peak_bytes) if one.peak_bytes is not None else "?",
         )
     out.print(table)
@@ -195,6 +196,6 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.1f} ms"
 
 
-def ratio(found: Ratio) -> str:
+def ratio(found: Ratio, between: str = " ") -> str:
     """A speed-up with its interval."""
-    return f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})"
+    return f"{found.value:.2f}{between}({found.low:.2f}-{found.high:.2f})"
