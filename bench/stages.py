@@ -69,12 +69,6 @@ def methods(layers: int) -> dict[str, Pruner]:
     }
 
 
-def keep_all(layers: int) -> HiMAP:
-    """HiMAP that drops nothing: what the engine itself costs, ranking included."""
-    preset = HiMAP.scaled(layers)
-    return HiMAP(k1=preset.k1, r1=0.0, k2=preset.k2, r2=0.0)
-
-
 def bare_layers(model: Any, schedule: Sequence[int], text_tokens: int, batch: int) -> float:
     """Seconds of the decoder layers called one after the other on fewer rows: pruning without an engine.
 
