@@ -130,7 +130,7 @@ def test_a_broken_image_fails_alone_and_is_asked_again_later(vlm, questions, tmp
     seen = []
     summary = run(vlm, evaluation(questions), tmp_path / "out", batch_size=3, progress=lambda *now: seen.append(now))
     assert summary["samples"] == {"asked": 6, "answered": 5, "failed": 1}
-    assert summary["failed"] == {"q2": "TaskError: image 2.png: cannot be opened (OSError)"}
+    assert summary["failed"] == {"q2": "ImageError: 2.png is broken (image file is truncated); get an intact copy"}
     assert summary["metric"]["n"] == 5
     assert seen[0] == (0, 6, None)
     assert [row.sample.id for _, _, row in seen if row and row.failure] == ["q2"]
@@ -153,7 +153,7 @@ def test_when_all_fail_something_else_is_wrong(vlm, questions, tmp_path, monkeyp
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 4)
     for number in range(6):
         (tmp_path / f"{number}.png").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*cannot be opened.*the rows so far are in"):
+    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*is no image.*the rows so far are in"):
         run(vlm, evaluation(questions), tmp_path / "out", batch_size=2)
     assert len(Folder(tmp_path / "out").rows.read()) == 4
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 50)

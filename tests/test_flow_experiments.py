@@ -28,7 +28,8 @@ from vlmflow.experiments.saliency import ByLayer
 from vlmflow.flow.consistency import label_consistency, score_consistency
 from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.flow.saliency import saliency
-from vlmflow.models import VLM, Question, load, open_image
+from vlmflow.images import open_image
+from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.tasks import TASKS, Source
 
@@ -211,7 +212,7 @@ def test_a_broken_image_fails_alone_and_is_tried_again(vlm, questions, tmp_path)
     summary = run(
         vlm, study(questions, ByLayer()), tmp_path / "out", progress=lambda done, total, row: seen.append(row)
     )
-    assert summary["failed"] == {"q1": "TaskError: image 1.png: cannot be opened (OSError)"}
+    assert summary["failed"] == {"q1": "ImageError: 1.png is broken (image file is truncated); get an intact copy"}
     assert summary["samples"] == {"asked": 4, "dropped": 1, "failed": 1, "kept": 2, "images": 1}
     assert [row.failure is None for row in seen if row] == [True, False, True, True]
     image.write_bytes(intact)
@@ -223,7 +224,7 @@ def test_a_broken_image_fails_alone_and_is_tried_again(vlm, questions, tmp_path)
 def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / f"{number}.png").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*cannot be opened.*rows so far are in"):
+    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*is no image.*rows so far are in"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
     assert len(findings_of(tmp_path / "out").read()) == 4
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 2)

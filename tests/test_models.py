@@ -10,7 +10,8 @@ from transformers import pipeline
 
 import tiny
 from vlmflow import PRUNERS, HiMAP, prune
-from vlmflow.models import FAMILIES, VLM, Question, load, open_image, patch_grids, seen_images
+from vlmflow.images import open_image
+from vlmflow.models import FAMILIES, VLM, Question, load, patch_grids, seen_images
 from vlmflow.pico import MODEL_DIR, samples
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from vlmflow.geometry import GEOMETRIES, Geometry
 from vlmflow.pico import MODEL_DIR
@@ -36,15 +39,15 @@ FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it
     "gemma3": "Gemma 3",
     "paligemma": "PaliGemma 1, 2",
 }
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class ModelError(ValueError):
-    """A model cannot be loaded; the message says what to do."""
+    """A model cannot be loaded or gives no answers; the message says what to do."""
 
 
-class ImageError(ValueError):
-    """A file is no image that can be read; the message says what to do."""
+class ModelWarning(UserWarning):
+    """A model was loaded, but something about its checkpoint should be known."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         ModelError: it cannot be found, has no weights or broken ones, is no image-text-to-text model, or cannot go to
             the device.
     """
-    path = str(MODEL_DIR) if name == "pico" else name
+    path = _path(name)
     if name == "pico" and dtype == "auto":
         dtype = "float32"  # half precision on disk only
     if dtype != "auto":
@@ -137,22 +140,84 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     spread = "auto" if device == "auto" else None
     logging.disable_progress_bar()
     try:
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn, device_map=spread
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attn,
+            device_map=spread,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        model, report = loaded
+    except Exception as error:  # a broken checkpoint makes its readers raise whatever they run into
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
-    if spread:
-        return VLM(name, model.eval(), processor)
-    where = device or default_device()
-    try:
-        nn.Module.to(model, where).eval()
-    except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any of them
-        raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
-    return VLM(name, model, processor)
+    _check_complete(name, report)
+    if not spread:
+        where = device or default_device()
+        try:
+            nn.Module.to(model, where)
+        except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
+            raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
+    _check_finite(name, model)
+    return VLM(name, model.eval(), processor)
+
+
+def _path(name: str) -> str:
+    return str(MODEL_DIR) if name == "pico" else name
+
+
+def _check_complete(name: str, report: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a checkpoint that does not fill the model: transformers draws at random what is not in it.
+
+    ``report`` is transformers' loading info, whose missing tensors are those that are not tied to others.
+    """
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    wrong = [
+        f"{key} is {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if wrong:
+        raise ModelError(
+            f"cannot load {name!r}: tensors of a wrong shape: {_first_few(wrong)}; get the checkpoint again"
+        )
+    if missing:
+        instead = f"; it holds others, which the model does not know: {_first_few(unused)}" if unused else ""
+        raise ModelError(
+            f"cannot load {name!r}: tensors that its checkpoint lacks: {_first_few(missing)}{instead}; get it complete"
+        )
+    if unused:
+        warnings.warn(
+            f"{name}: tensors of the checkpoint that the model does not use: {_first_few(unused)}",
+            ModelWarning,
+            stacklevel=3,
+        )
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    weights = [(key, weight) for key, weight in model.named_parameters() if not weight.is_meta and weight.numel()]
+    broken = [key for key, weight in weights if weight.dtype in _FLOATS and not _is_finite(weight)]
+    if broken:
+        raise ModelError(
+            f"cannot load {name!r}: tensors with values that are not finite (nan or inf): {_first_few(broken)}; "
+            "get the checkpoint again, or load it in a wider dtype"
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(math.isfinite(bound) for bound in torch.aminmax(weight.detach()))
+
+
+def _first_few(names: Sequence[str]) -> str:
+    """The first three of many names, and how many there are."""
+    rest = f", ... ({len(names)} in all)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _shape(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def default_device() -> str:
@@ -183,8 +248,8 @@ def load_geometry(name: str) -> Geometry:
     if name in GEOMETRIES:
         return GEOMETRIES[name]
     try:
-        config = AutoConfig.from_pretrained(MODEL_DIR if name == "pico" else name)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(_path(name), trust_remote_code=False)
+    except Exception as error:  # as in ``load``
         known = f"; built in are {', '.join(GEOMETRIES)}"
         raise ModelError(f"cannot read the config of {name!r}: {_reason(name, error)}{known}") from error
     return Geometry.from_config(config)
@@ -192,6 +257,11 @@ def load_geometry(name: str) -> Geometry:
 
 def _reason(name: str, error: Exception) -> str:
     text, folder = str(error), Path(name)
+    if "trust_remote_code" in text:
+        return (
+            f"it needs code of its own ({', '.join(_own_code(name))}), and code of a checkpoint is never run; take a "
+            "version of it for transformers (many have -hf in their name)"
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return "the folder has no weights (*.safetensors); point to a complete checkpoint"
     if isinstance(error, SafetensorError):
@@ -203,32 +273,27 @@ def _reason(name: str, error: Exception) -> str:
     return _first_line(error)
 
 
+def _own_code(name: str) -> list[str]:
+    """The Python files that a checkpoint asks transformers to run."""
+    files = set()
+    for settings in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        found = cached_file(name, settings, _raise_exceptions_for_missing_entries=False)
+        references = json.loads(Path(found).read_text()).get("auto_map", {}).values() if found else ()
+        for reference in chain.from_iterable(_strings(reference) for reference in references):
+            files.add(reference.rpartition(".")[0].replace("--", "/") + ".py")
+    return sorted(files)
+
+
+def _strings(reference: Any) -> list[str]:
+    """The class names in one entry of ``auto_map``: one, or a list or table of some that may be null."""
+    if isinstance(reference, str):
+        return [reference]
+    inside = reference.values() if isinstance(reference, dict) else reference or ()
+    return [name for name in inside if isinstance(name, str)]
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file whole, as RGB.
-
-    Raises:
-        ImageError: missing, empty, broken, too large, or no image.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ImageError(f"no image file at {path}")
-    if path.stat().st_size == 0:
-        raise ImageError(f"the image file {path} is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except UnidentifiedImageError as error:
-            raise ImageError(f"{path} is no image (wanted PNG, JPEG, WebP, ...)") from error
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ImageError(f"the image {path} has more than {MAX_PIXELS:,} pixels; make it smaller first") from error
-        except (OSError, SyntaxError) as error:
-            raise ImageError(f"the image {path} is broken ({_first_line(error)}); get an intact copy") from error
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def patch_grids(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import sys
+import warnings
+from typing import Annotated, TextIO
 
 import typer
 
@@ -40,4 +42,20 @@ def main() -> None:
     """The entry point: quiet libraries, then the command."""
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.showwarning = _show_warning
     app()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line for what we warn of, and where in the code it stands for what others do."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    if category.__module__.startswith("vlmflow."):
+        text = f"vlmflow: {message}\n"
+    (file or sys.stderr).write(text)

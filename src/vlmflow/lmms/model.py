@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from vlmflow.engine import attach
 from vlmflow.evaluate.on_torchrun import own_accelerator
+from vlmflow.images import as_rgb
 from vlmflow.models import Question, load
 from vlmflow.pruners import make_pruner
 
@@ -69,7 +70,8 @@ class Vlmflow(lmms):
         self, text: str, _settings: dict[str, Any], to_images: Any, doc_id: int, task: str, split: str
     ) -> Question:
         images = to_images(self.task_dict[task][split][doc_id]) or []
-        return Question(text, tuple(image.convert("RGB") for image in images))
+        named = f"{task}, document {doc_id}"
+        return Question(text, tuple(as_rgb(image, named) for image in images))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not offered: pruning is a matter of answering."""

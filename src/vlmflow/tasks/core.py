@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from vlmflow.images import as_rgb, open_image
 from vlmflow.tasks.intervals import bootstrap, mcnemar, paired_bootstrap
 
 Named = TypeVar("Named")
@@ -30,19 +30,14 @@ class Picture:
     content: Path | bytes | Callable[[], Image.Image] = field(repr=False, compare=False)
 
     def open(self) -> Image.Image:
-        """The image in RGB.
+        """The image as ``open_image`` reads it.
 
         Raises:
-            TaskError: the file is missing or is no image.
+            ImageError: the file is missing, or no image that can be read.
         """
-        try:
-            if callable(self.content):
-                return self.content().convert("RGB")
-            file = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
-            with Image.open(file) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise TaskError(f"image {self.name}: cannot be opened ({type(error).__name__})") from error
+        if callable(self.content):
+            return as_rgb(self.content(), self.name)
+        return open_image(self.content, self.name)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""Checkpoints that are not what they seem: code of their own, weights that are missing, misnamed, misshapen, broken."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from vlmflow.cli import app
+from vlmflow.models import ModelError, ModelWarning, load, load_geometry
+from vlmflow.pico import MODEL_DIR, samples
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "model.safetensors"
+SCENE = samples()[0]
+
+# the settings file that points to a checkpoint's own code, the classes that it maps to it, and what else it changes
+OWN_CODE = {
+    "config": ("config.json", {"AutoConfig": "own.Config"}, {"model_type": "unheard_of"}),
+    "model": (
+        "config.json",
+        {"AutoConfig": "own.Config", "AutoModelForImageTextToText": "own.Model", "AutoProcessor": "own.Processor"},
+        {"model_type": "unheard_of"},
+    ),
+    "a known type's model": ("config.json", {"AutoConfig": "own.Config", "AutoModelForImageTextToText": "own.M"}, {}),
+    "processor": ("processor_config.json", {"AutoProcessor": "own.Processor"}, {"processor_class": "UnheardOf"}),
+    "tokenizer": ("tokenizer_config.json", {"AutoTokenizer": ["own.Slow", None]}, {"tokenizer_class": "UnheardOf"}),
+}
+
+
+def copy_of_pico(folder: Path, change=lambda weights: weights) -> Path:
+    """The embedded model in a folder of its own, with other weights."""
+    shutil.copytree(MODEL_DIR, folder)
+    save_file(change(load_file(MODEL_DIR / WEIGHTS)), folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def with_code(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A checkpoint whose settings ask for code of its own, and the file that appears if any of that runs."""
+    ran = folder.parent / f"{folder.name} ran"
+    copy_of_pico(folder)
+    name, classes, changes = OWN_CODE[kind]
+    settings = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**settings, **changes, "auto_map": classes}))
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
+    (folder / "own.py").write_text(code)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code + "def generate(model, **kwargs): ...\n")
+    return folder, ran
+
+
+@pytest.mark.parametrize("kind", OWN_CODE)
+def test_no_code_of_a_checkpoint_runs(tmp_path, kind, monkeypatch):
+    """Whatever a user types: transformers would ask on stdin, where ``yes`` answers."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    folder, ran = with_code(tmp_path / "model", kind)
+    runner = CliRunner()
+    data = tmp_path / "questions.jsonl"
+    data.write_text(json.dumps({"id": "1", "image": str(SCENE.image), "question": "what?", "answer": "yes"}))
+    for args in (
+        ["run", "--model", folder, "--image", SCENE.image, "--prompt", "what color is the rook?"],
+        ["cost", "--model", folder, "--image-tokens", 5],
+        ["eval", "--model", folder, "--task", "jsonl", "--source", data, "--out", tmp_path / "out"],
+    ):
+        done = runner.invoke(app, [str(arg) for arg in args], input="y\n" * 20)
+        assert not ran.exists()
+        if done.exit_code:  # refused, unless the library has code for it
+            assert done.exit_code == 2, done.output
+            assert "own.py" in done.stderr
+            assert len(done.stderr.strip().split("\n")) == 1
+        else:
+            assert kind in ("a known type's model", "processor", "tokenizer")
+
+
+def test_no_code_runs_in_a_worker(tmp_path):
+    folder, ran = with_code(tmp_path / "model", "model")
+    command = ["eval", "--model", folder, "--task", "pico", "--limit", 1, "--out", tmp_path / "out"]
+    for launcher in (["-m", "vlmflow"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vlmflow"]):
+        engine = ["--engine", "ray", "--workers", "1"] if "torch.distributed.run" not in launcher else []
+        arguments = [sys.executable, *launcher, *map(str, command), *engine]
+        done = subprocess.run(arguments, input="y\n" * 100, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "own.py" in done.stderr
+        assert not ran.exists()
+
+
+def test_models_are_loaded_in_one_place():
+    """Who loads must say that no foreign code may run, which one file can be read for."""
+    found = set()
+    for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("recipes/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value
+                if node.func.attr == "from_pretrained" and isinstance(owner, ast.Name) and owner.id.startswith("Auto"):
+                    found.add(path.relative_to(ROOT / "src/vlmflow"))
+                    assert ("trust_remote_code", False) in {
+                        (keyword.arg, getattr(keyword.value, "value", None)) for keyword in node.keywords
+                    }
+    assert found == {Path("models.py")}
+
+
+def some(weights: dict[str, torch.Tensor], change) -> dict[str, torch.Tensor]:
+    """The weights with one of them changed."""
+    return {
+        key: change(value) if key.endswith("layers.3.mlp.up_proj.weight") else value for key, value in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda w: {k: v for k, v in w.items() if "layers.3.mlp.up_proj" not in k},
+            ("checkpoint lacks", "3.mlp.up_proj"),
+        ),
+        (lambda w: {k: v for k, v in w.items() if "vision" not in k}, ("checkpoint lacks", "vision_tower", "in all)")),
+        (lambda w: {f"other.{k}": v for k, v in w.items()}, ("lacks", "in all)", "does not know: other.", "in all)")),
+        (lambda w: some(w, lambda t: t[:-1].clone()), ("wrong shape", "3.mlp.up_proj.weight is")),
+        (lambda w: some(w, lambda t: torch.full_like(t, torch.nan)), ("not finite", "3.mlp.up_proj.weight")),
+        (lambda w: some(w, lambda t: t.index_fill(0, torch.tensor(1), torch.inf)), ("not finite", "3.mlp.up_proj")),
+    ],
+    ids=["one missing", "many missing", "all renamed", "shape", "nan", "inf"],
+)
+def test_weights_that_are_not_the_models_are_refused(tmp_path, change, says):
+    folder = copy_of_pico(tmp_path / "model", change)
+    ask = ["run", "--model", str(folder), "--image", str(SCENE.image), "--prompt", "what color is the rook?"]
+    done = CliRunner().invoke(app, ask, catch_exceptions=False)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().split("\n")
+    assert all(text in line for text in says)
+
+
+def test_unused_weights_are_said(tmp_path):
+    folder = copy_of_pico(tmp_path / "model", lambda w: {**w, "extra.weight": torch.zeros(2)})
+    with pytest.warns(ModelWarning, match=r"does not use: .*extra\.weight"):
+        load(str(folder), "cpu")
+
+
+def test_a_whole_checkpoint_loads_without_a_word(recwarn):
+    load("pico", "cpu")
+    assert not [warning for warning in recwarn if issubclass(warning.category, ModelWarning)]
+
+
+def test_a_broken_config_is_refused(tmp_path):
+    folder = copy_of_pico(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ModelError, match="cannot read the config"):
+        load_geometry(str(folder))
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(folder), "cpu")
