@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vlmflow import attention
-from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
+from vlmflow.core import attention
+from vlmflow.core.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
+from vlmflow.core.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
+from vlmflow.core.layout import Layout
 from vlmflow.engine.cache import UNUSED, CacheLayer, Slots, capacity, hold, layer_of, physical_length, slots_of
 from vlmflow.engine.probe import KernelCall, Watcher
-from vlmflow.layout import Layout
 from vlmflow.pruners import Pruner, Stage, View
 
 
