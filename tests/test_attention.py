@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vlmflow import attention
-from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
+from vlmflow.core import attention
+from vlmflow.core.attention import QueryRows, causal_mask, select_mask, take_sequence
 
 
 @pytest.fixture
@@ -60,14 +60,6 @@ def test_a_row_that_sees_nothing_gives_nothing(heads):
     mask = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
     seen = QueryRows.take(query, key, mask, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool))
     assert (seen.received() == 0).all()
-
-
-def test_right_align():
-    flags = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    index = right_align(flags, 3)
-    assert index[0].tolist() == [0, 2, 3]
-    assert index[1, -1].item() == 2
-    assert not flags[1, index[1, :2]].any()
 
 
 def test_take_sequence_with_leading_axes():

@@ -11,9 +11,9 @@ from torch import Tensor
 import tiny
 from test_laws import pruners
 from vlmflow import VTW, HiMAP, Unpruned, attach, prune
+from vlmflow.core.layout import Layout
 from vlmflow.engine.cache import UNUSED
 from vlmflow.flow.knockout import Knockout, random_positions
-from vlmflow.layout import Layout
 
 NEW = 3
 families = pytest.mark.parametrize("family", tiny.FAMILIES)

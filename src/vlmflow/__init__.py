@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmflow.core.layout import Layout
     from vlmflow.engine import Session, Trace, attach, prune
     from vlmflow.flow.knockout import Knockout
     from vlmflow.flow.saliency import Saliency, saliency
     from vlmflow.flow.withdrawal import withdrawal
-    from vlmflow.layout import Layout
     from vlmflow.pruners import (
         PRUNERS,
         VTW,
@@ -53,7 +53,7 @@ __all__ = [
 _ROOMS = {
     **dict.fromkeys(("Session", "Trace", "attach", "prune"), "engine"),
     "Knockout": "flow.knockout",
-    "Layout": "layout",
+    "Layout": "core.layout",
     **dict.fromkeys(("Saliency", "saliency"), "flow.saliency"),
     "withdrawal": "flow.withdrawal",
 }

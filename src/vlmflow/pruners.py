@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlmflow.attention import QueryRows, take_sequence
+from vlmflow.core.attention import QueryRows, take_sequence
 from vlmflow.cost import Cost, Score, cost_of
 from vlmflow.geometry import Geometry
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from vlmflow.attention import causal_mask, select_mask
+from vlmflow.core.attention import causal_mask, select_mask
 
 CacheLayer = Any  # transformers' classes of cache layers have no common type that names what they share
 UNUSED = 2**62  # logical position of a slot that only pads: beyond every mask

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
-from vlmflow.attention import QueryRows, causal_mask, right_align, select_mask, take_sequence
+from vlmflow.core.attention import QueryRows, causal_mask, select_mask, take_sequence
+from vlmflow.core.layout import Layout
+from vlmflow.core.select import highest, right_align
 from vlmflow.engine.cache import UNUSED, CacheLayer, Slots, capacity, hold, layer_of, physical_length, slots_of
 from vlmflow.engine.probe import KernelCall, Watcher
-from vlmflow.layout import Layout
 from vlmflow.pruners import Pruner, Stage, View
 
 
@@ -154,15 +155,11 @@ class Prefill:
             )
         column = right_align(now.image, max(now.image_tokens))
         valid = torch.gather(now.image, 1, column)
-        survives = torch.zeros_like(valid)
+        kept_image = torch.zeros_like(now.image)
         if any(keep):
             with torch.no_grad():
-                score = self.pruner.score(self._view(hidden, column, valid, keep))
-            score = score.to(valid.device).masked_fill(~valid, -torch.inf)
-            order = torch.argsort(score, dim=1, descending=True, stable=True)
-            rank = torch.arange(valid.shape[1], device=valid.device).expand_as(order)
-            survives = survives.scatter(1, order, rank < self.quota[layer_idx][:, None]) & valid
-        kept_image = torch.zeros_like(now.image).scatter(1, column, survives)
+                scores = self.pruner.score(self._view(hidden, column, valid, keep)).to(valid.device)
+            kept_image = kept_image.scatter(1, column, highest(scores, self.quota[layer_idx], valid))
         self.selection, order = now.keep((now.valid & ~now.image) | kept_image, keep)
         self.history[layer_idx] = self.selection
         self.rows = None

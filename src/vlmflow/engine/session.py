@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlmflow.core.layout import Layout
 from vlmflow.engine.cache import capacity, layer_of, slots_of
 from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import KernelCall, unwatch, watch
 from vlmflow.engine.tap import Tap, decode_positions, prefill_positions, tapped
 from vlmflow.engine.target import Target
 from vlmflow.engine.trace import Trace
-from vlmflow.layout import Layout
 from vlmflow.pruners import Pruner, Unpruned
 
 _CHECKPOINTS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)  # until transformers 5.23

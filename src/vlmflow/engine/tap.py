@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmflow.core.layout import Layout
 from vlmflow.engine.cache import UNUSED, CacheLayer, physical_length, slots_of
 from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import KernelCall, Watcher
-from vlmflow.layout import Layout
 
 
 @dataclass(frozen=True)

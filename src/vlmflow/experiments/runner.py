@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vlmflow.core.layout import SEGMENTS, Layout
 from vlmflow.engine import attach
 from vlmflow.evaluate.folder import SUMMARY, EvaluationError, Row, claim, write_json, write_text
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
@@ -23,7 +24,6 @@ from vlmflow.experiments.means import Means
 from vlmflow.experiments.rows import Finding, findings_of
 from vlmflow.experiments.verdict import numbers
 from vlmflow.flow.answer import likeliest, spellings
-from vlmflow.layout import SEGMENTS, Layout
 from vlmflow.models import VLM, Question
 from vlmflow.pruners import Unpruned
 from vlmflow.tasks import Sample, Source, Task

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vlmflow.attention import QueryRows, right_align
+from vlmflow.core.attention import QueryRows
+from vlmflow.core.layout import SEGMENTS, Layout
+from vlmflow.core.select import right_align
 from vlmflow.engine import TappedCall
 from vlmflow.engine.cache import UNUSED
-from vlmflow.layout import SEGMENTS, Layout
 
 Part = str | Sequence[Iterable[int] | Int[Tensor, " _"]]
 Positions = tuple[tuple[int, ...], ...]

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmflow.attention import QueryRows
+from vlmflow.core.attention import QueryRows
+from vlmflow.core.layout import SEGMENTS, Layout
 from vlmflow.engine import TappedCall, attach
 from vlmflow.engine.target import Target
 from vlmflow.flow.answer import Answer, answers_of, extend
-from vlmflow.layout import SEGMENTS, Layout
 
 Form = Literal["paper", "released"]
 

@@ -1,4 +1,4 @@
-"""Tensor maths of attention and of token selection: nothing here knows a model."""
+"""Tensor maths of attention: rows on demand, masks, and gathers along a sequence. Nothing here knows a model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,6 @@ def _row_budget(device: torch.device) -> int:
     256 MB, so that launches are few.
     """
     return 1 << 21 if device.type == "cpu" else 1 << 26
-
-
-def right_align(flags: Bool[Tensor, "batch length"], count: int) -> Int[Tensor, "batch count"]:
-    """Indices of the set flags, ascending, right-aligned in ``count`` columns.
-
-    A row with fewer than ``count`` set flags is filled up, on the left, with indices of unset ones.
-    """
-    order = torch.argsort(flags.to(torch.int8), dim=1, stable=True)
-    return order[:, flags.shape[1] - count :]
 
 
 def take_sequence(

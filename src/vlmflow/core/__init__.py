@@ -1,0 +1,1 @@
+"""The ground floor: tensor maths and segments, which know no model."""
