@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as recorded
 
 import vlmflow
+from vlmflow.core.geometry import Geometry
 from vlmflow.engine import attach
-from vlmflow.geometry import Geometry
 from vlmflow.latency import machine
 from vlmflow.pruners import Pruner
 from vlmflow.synthetic import random_prompt

@@ -28,8 +28,8 @@ import gpu_proofs
 import stages
 import torch
 
+from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.evaluate.folder import versions
-from vlmflow.geometry import GEOMETRIES, Geometry
 
 STAGES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "laws": gpu_proofs.laws,

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vlmflow.cost import kv_bytes
+from vlmflow.core.cost import kv_bytes
+from vlmflow.core.geometry import Geometry
 from vlmflow.engine import attach
-from vlmflow.geometry import Geometry
 from vlmflow.latency import Protocol, Request, Timing, peak_memory, run, synchronize
 from vlmflow.pruners import HiMAP, Pruner, Unpruned
 from vlmflow.synthetic import random_prompt

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from vlmflow.cost import kv_bytes
+from vlmflow.core.cost import kv_bytes
+from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.evaluate.folder import versions, write_json
-from vlmflow.geometry import GEOMETRIES, Geometry
 from vlmflow.latency import Protocol, Request, compare, machine, synchronize
 from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
 from vlmflow.synthetic import random_model, random_prompt

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, prune
-from vlmflow.geometry import GEOMETRIES, Geometry
+from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.pruners import Unpruned
 
 TESTS = Path(__file__).parent

@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny import DEVICE, FAMILIES, IMAGE, PATCH, Sample, Tiny, build
-from vlmflow import cost
-from vlmflow.cost import Score, cost_of, make_schedule
-from vlmflow.geometry import GEOMETRIES, Geometry, Tower, geometry_named
+from vlmflow.core import cost
+from vlmflow.core.cost import Score, cost_of, make_schedule
+from vlmflow.core.geometry import GEOMETRIES, Geometry, Tower, geometry_named
 from vlmflow.published import paper_tables
 
 LAYERS = 3

@@ -5,8 +5,8 @@ import pytest
 import tiny
 from test_cost import countable, counting, grids
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, Unpruned, prune
-from vlmflow.cost import decode_flops, projector_flops, vision_flops
-from vlmflow.geometry import Geometry
+from vlmflow.core.cost import decode_flops, projector_flops, vision_flops
+from vlmflow.core.geometry import Geometry
 
 PRUNERS = [HiMAP(1, 0.5, 2, 0.5), FastV(2, 0.6), PyramidDrop((1, 2)), VTW(2), Random(1), Uniform(2), Unpruned()]
 

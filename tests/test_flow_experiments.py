@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vlmflow import attach, plots
 from vlmflow.cli import app
+from vlmflow.core.images import open_image
 from vlmflow.evaluate.folder import EvaluationError
 from vlmflow.experiments import knockout, runner
 from vlmflow.experiments.knockout import ByWindow
@@ -28,7 +29,6 @@ from vlmflow.experiments.saliency import ByLayer
 from vlmflow.flow.consistency import label_consistency, score_consistency
 from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.flow.saliency import saliency
-from vlmflow.images import open_image
 from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.tasks import TASKS, Source

@@ -7,43 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vlmflow.core.statistics import Interval
 from vlmflow.experiments.knockout import ByWindow, ends
-from vlmflow.experiments.means import Means, log_ratio
 from vlmflow.experiments.rows import Finding
 from vlmflow.experiments.saliency import ByLayer, takes_over
 from vlmflow.experiments.verdict import Claim, judge, named_layers, number, numbers, shown, span
-from vlmflow.flow.consistency import Interval
-from vlmflow.flow.consistency import log_ratio as log_ratio_of_two
 
 WHOLE = Interval(1.0, 0.5, 1.5)
 
 
-# -- means and judgements
-
-
-def test_means_are_those_of_samples_and_images_are_drawn():
-    generator = np.random.default_rng(0)
-    values, images = generator.random((60, 2, 3)), [i // 3 for i in range(60)]
-    values[5, 1, 2] = np.nan
-    means = Means.of(values, images, seed=1)
-    assert means.value == pytest.approx(np.nanmean(values, 0))
-    wide = means.interval(lambda m: m[..., 0, 0])
-    assert wide.value == means.value[0, 0]
-    assert wide.low < wide.value < wide.high
-    same = Means.of(np.repeat(values[:20], 3, axis=0), images, seed=1).interval(lambda m: m[..., 0, 0])
-    alone = Means.of(values[:20], range(20), seed=1).interval(lambda m: m[..., 0, 0])
-    assert (same.low, same.high) == pytest.approx((alone.low, alone.high))  # asked thrice, an image tells no more
-    assert Means.of(values, images, seed=2).interval(lambda m: m[..., 0, 0]) != wide
-    one = Means.of(values, ["the same"] * 60, seed=1).interval(lambda m: m[..., 0, 0])
-    assert math.isnan(one.low)
-    assert one.undefined == 1
-
-
-def test_log_ratio_is_that_of_two_numbers():
-    cases = [(0.2, 0.1), (0.1, 0.0), (0.0, 0.1), (0.0, 0.0), (-0.3, 0.1), (0.1, -0.3), (math.nan, 0.1)]
-    over, under = np.array(cases).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        assert log_ratio(over, under) == pytest.approx([log_ratio_of_two(*case) for case in cases], nan_ok=True)
+# -- judgements
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers.image_utils import load_image
 from typer.testing import CliRunner
 
 from vlmflow.cli import app
-from vlmflow.images import MAX_PIXELS, ImageError, ImageWarning, as_rgb, open_image
+from vlmflow.core.images import MAX_PIXELS, ImageError, ImageWarning, as_rgb, open_image
 from vlmflow.pico import samples
 from vlmflow.tasks import Picture
 

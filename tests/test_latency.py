@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from vlmflow import VTW, FastV, HiMAP, attach
-from vlmflow.cost import kv_bytes
-from vlmflow.geometry import Geometry
-from vlmflow.latency import Comparison, Latency, Ratio, Request, Timing, compare, run, warm_up
+from vlmflow.core.cost import kv_bytes
+from vlmflow.core.geometry import Geometry
+from vlmflow.core.statistics import Interval
+from vlmflow.latency import Comparison, Latency, Request, Timing, compare, ratio_of_medians, run, warm_up
 from vlmflow.pruners import Unpruned
 from vlmflow.synthetic import random_model, random_prompt, square_side
 
@@ -138,8 +139,8 @@ def test_warming_up_decodes_and_tells_of_the_prompts(model, prompts, protocol):
 
 
 def test_ratio_and_what_does_not_pay():
-    assert Ratio.of([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == Ratio(2.0, 2.0, 2.0)
-    noisy = Ratio.of([1.0, 3.0, 2.0], [2.0, 1.0, 3.0])
+    assert ratio_of_medians([2.0, 2.0, 2.0], [1.0, 1.0, 1.0]) == Interval(2.0, 2.0, 2.0)
+    noisy = ratio_of_medians([1.0, 3.0, 2.0], [2.0, 1.0, 3.0])
     assert noisy.low < 1 < noisy.high
     base = [Timing(1.0, 1.5, 0.5, (), None, 0)] * 3
     slow = [Timing(1.0, 2.5, 0.5, (), None, 0)] * 3

@@ -10,7 +10,7 @@ from transformers import pipeline
 
 import tiny
 from vlmflow import PRUNERS, HiMAP, prune
-from vlmflow.images import open_image
+from vlmflow.core.images import open_image
 from vlmflow.models import FAMILIES, VLM, Question, load, patch_grids, seen_images
 from vlmflow.pico import MODEL_DIR, samples
 

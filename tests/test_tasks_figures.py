@@ -1,15 +1,12 @@
 """Figures, their intervals, and the paired tests, against hand arithmetic and plain restatements."""
 
-import math
 import pickle
 import random
 
-import numpy as np
 import pytest
 
 from vlmflow.tasks import TASKS, Outcome, Picture, Sample, TaskError
 from vlmflow.tasks.cider import cider_d, tokenize
-from vlmflow.tasks.intervals import bootstrap, mcnemar, paired_bootstrap
 
 
 def sample(key: str, **fields) -> Sample:
@@ -158,72 +155,6 @@ def test_judge_messages():
     assert mmvet.messages(asked, "x = 1", again=True)[0]["content"].endswith(
         " | \nPredict the correctness of the answer (digit): "
     )
-
-
-# -- intervals
-
-
-def test_bootstrap_covers():
-    """Of 95 % intervals of a known share, about 95 % hold it."""
-    generator, hits = np.random.default_rng(0), 0
-    for trial in range(200):
-        scores = (generator.random(150) < 0.7).astype(float)
-        _, low, high = bootstrap(scores, np.ones(150), np.arange(150), seed=trial)
-        hits += low <= 0.7 <= high
-    assert 180 <= hits <= 199
-
-
-def test_bootstrap_against_a_plain_loop():
-    top, bottom, clusters = np.array([1.0, 0, 3, 2, 5]), np.array([2.0, 1, 4, 2, 6]), np.array([7, 7, 2, 2, 9])
-    value, low, high = bootstrap(top, bottom, clusters, seed=1)
-    assert value == pytest.approx(11 / 15)
-    pick, ratios = random.Random(0), []
-    rows = {c: np.flatnonzero(clusters == c) for c in (7, 2, 9)}
-    for _ in range(20_000):
-        drawn = np.concatenate([rows[pick.choice((7, 2, 9))] for _ in range(3)])
-        ratios.append(top[drawn].sum() / bottom[drawn].sum())
-    assert (low, high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), abs=0.02)
-
-
-def test_bootstrap_is_seeded_and_sees_clusters():
-    scores = np.tile([1.0, 1.0, 1.0, 0.0], 50)
-    alone, ones = np.arange(200), np.ones(200)
-    assert bootstrap(scores, ones, alone, 3) == bootstrap(scores, ones, alone, 3)
-    assert bootstrap(scores, ones, alone, 3) != bootstrap(scores, ones, alone, 4)
-    together = np.repeat(np.arange(10), 20)
-    blocks = np.repeat([1.0, 0.0], 100)  # all of an image right, or all wrong
-    wide, narrow = (bootstrap(blocks, ones, clusters) for clusters in (together, alone))
-    assert wide[2] - wide[1] > 2 * (narrow[2] - narrow[1])
-    assert bootstrap(np.zeros(0), np.zeros(0), np.zeros(0, int)) is None
-    assert bootstrap(np.ones(1), np.ones(1), np.zeros(1, int)) == (1, 1, 1)
-
-
-def test_paired_bootstrap():
-    generator = np.random.default_rng(0)
-    first = (generator.random(400) < 0.6).astype(float)
-    second = np.maximum(first, generator.random(400) < 0.2)
-    ones, alone = np.ones(400), np.arange(400)
-    value, low, high, p = paired_bootstrap(first, ones, second, ones, alone)
-    assert value == pytest.approx(second.mean() - first.mean())
-    assert 0 < low < value < high
-    assert p < 0.01
-    assert paired_bootstrap(first, ones, first, ones, alone) == (0, 0, 0, 1)
-    unpaired = [bootstrap(scores, ones, alone) for scores in (first, second)]
-    assert high - low < unpaired[0][2] - unpaired[0][1]  # pairing pays
-
-
-def test_mcnemar_exact():
-    def outcomes(only_first: int, only_second: int) -> tuple[np.ndarray, np.ndarray]:
-        first = np.array([True] * only_first + [False] * only_second + [True, False])
-        second = np.array([False] * only_first + [True] * only_second + [True, False])
-        return first, second
-
-    for b, c in ((0, 0), (1, 0), (5, 5), (2, 10), (10, 2), (0, 20), (30, 50)):
-        n = b + c
-        expected = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n)
-        assert mcnemar(*outcomes(b, c)) == pytest.approx(expected, rel=1e-12)
-    assert mcnemar(*outcomes(2, 10)) == pytest.approx(0.03857421875)
-    assert mcnemar(*outcomes(3000, 4000)) < 1e-30
 
 
 # -- two methods

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmflow.images import ImageError
+from vlmflow.core.images import ImageError
 from vlmflow.tasks import TASKS, Picture, Sample, Source, TaskError
 from vlmflow.tasks.core import LETTERS
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vlmflow.cost import Cost
+from vlmflow.core.cost import Cost
 from vlmflow.engine import prune
 from vlmflow.models import VLM, Answer, Question
 from vlmflow.pruners import Pruner

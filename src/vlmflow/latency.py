@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlmflow.core.statistics import Interval, draws
 from vlmflow.engine import Trace, attach
 from vlmflow.engine.target import Target
 from vlmflow.pruners import Pruner, Unpruned
 
 Protocol = Literal["deployed", "paper"]
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,12 @@ class Timing:
         return parts | {"total": first + sum(self.decode)}
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as unpruned: ratio of medians with its 95 % bootstrap interval over rounds."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, unpruned: Sequence[float], pruned: Sequence[float]) -> Ratio:
-        """Compare runs that were interleaved."""
-        above, below = np.array(unpruned), np.array(pruned)
-        draws = np.random.default_rng(0).integers(len(above), size=(RESAMPLES, len(above)))
-        low, high = np.percentile(np.median(above[draws], 1) / np.median(below[draws], 1), [2.5, 97.5])
-        return cls(float(np.median(above) / np.median(below)), float(low), float(high))
+def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> Interval:
+    """How many times as fast: ratio of medians over interleaved rounds, with its 95 % bootstrap interval."""
+    first, second = np.array(above), np.array(below)
+    rounds = np.concatenate(list(draws(len(first), seed=0)))
+    resampled = np.median(first[rounds], 1) / np.median(second[rounds], 1)
+    return Interval.of(float(np.median(first) / np.median(second)), resampled)
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ class Latency:
 
     pruner: dict[str, Any]
     seconds: dict[str, float]
-    speedup: dict[str, Ratio]
+    speedup: dict[str, Interval]
     promised: float | None
     peak_bytes: int | None
     kv_bytes: int
@@ -103,11 +94,12 @@ class Latency:
     def of(cls, pruner: Pruner, promised: float | None, unpruned: Sequence[Timing], runs: Sequence[Timing]) -> Latency:
         """Sum up a method's runs beside the unpruned runs of the same rounds."""
         seconds = {part: [timing.parts[part] for timing in runs] for part in runs[0].parts}
+        before = {part: [timing.parts[part] for timing in unpruned] for part in seconds}
         peaks = [timing.peak_bytes for timing in runs if timing.peak_bytes is not None]
         return cls(
             pruner=pruner.to_dict(),
             seconds={part: statistics.median(taken) for part, taken in seconds.items()},
-            speedup={part: Ratio.of([one.parts[part] for one in unpruned], taken) for part, taken in seconds.items()},
+            speedup={part: ratio_of_medians(before[part], taken) for part, taken in seconds.items()},
             promised=promised,
             peak_bytes=max(peaks, default=None),
             kv_bytes=runs[0].kv_bytes,
@@ -123,7 +115,7 @@ class Comparison:
     methods: dict[str, Latency]
 
     @property
-    def not_paying(self) -> dict[str, Ratio]:
+    def not_paying(self) -> dict[str, Interval]:
         """The methods that no run shows to be faster end to end, with the speed-up that was seen."""
         totals = {name: latency.speedup["total"] for name, latency in self.methods.items() if name != "none"}
         return {name: ratio for name, ratio in totals.items() if ratio.low <= 1}

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from vlmflow.geometry import GEOMETRIES, Geometry
+from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.pico import MODEL_DIR
 
 FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it by; each is tested from its config

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlmflow.core.attention import QueryRows, take_sequence
-from vlmflow.cost import Cost, Score, cost_of
-from vlmflow.geometry import Geometry
+from vlmflow.core.cost import Cost, Score, cost_of
+from vlmflow.core.geometry import Geometry
 
 Queries = Literal["question", "image", "last"]
 Task = Literal["qa", "caption"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
-from vlmflow.cost import make_schedule, paper_flops
-from vlmflow.geometry import GEOMETRIES, Geometry
+from vlmflow.core.cost import make_schedule, paper_flops
+from vlmflow.core.geometry import GEOMETRIES, Geometry
 
 
 @dataclass(frozen=True)

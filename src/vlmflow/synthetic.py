@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmflow.geometry import Geometry
+from vlmflow.core.geometry import Geometry
 
 IMAGE, FIRST_WORD = 3, 10  # the image token; ids below the first word are special
 PATCH = 4  # pixels

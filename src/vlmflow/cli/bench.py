@@ -13,13 +13,14 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, load_model, notes, out, plain_table, refusals
+from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.evaluate.folder import versions, write_json
-from vlmflow.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import make_pruner
 from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:
-    from vlmflow.latency import Comparison, Protocol, Ratio, Request
+    from vlmflow.core.statistics import Interval
+    from vlmflow.latency import Comparison, Protocol, Request
 
 PROTOCOLS: dict[Protocol, str] = {
     "deployed": "KV cache, fused attention",
@@ -196,6 +197,6 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.1f} ms"
 
 
-def ratio(found: Ratio, between: str = " ") -> str:
+def ratio(found: Interval, between: str = " ") -> str:
     """A speed-up with its interval."""
     return f"{found.value:.2f}{between}({found.low:.2f}-{found.high:.2f})"

@@ -12,8 +12,8 @@ import typer
 from rich.filesize import decimal
 
 from vlmflow.cli.common import SetOption, out, parse_settings, plain_table, refusals
-from vlmflow.cost import projector_flops, vision_flops
-from vlmflow.geometry import GEOMETRIES, Geometry
+from vlmflow.core.cost import projector_flops, vision_flops
+from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.published import paper_tables
 

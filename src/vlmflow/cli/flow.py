@@ -150,7 +150,7 @@ def show_(
         if out_dir.is_file():
             raise ValueError(f"--out wants a folder, and {out_dir} is a file")
         named = _layers(layers)
-        from vlmflow.images import open_image
+        from vlmflow.core.images import open_image
         from vlmflow.models import Question, seen_images
 
         question = Question(prompt, tuple(open_image(path) for path in image))

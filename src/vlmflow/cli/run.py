@@ -59,7 +59,7 @@ def run(
             raise ValueError("the prompt is empty; ask something with --prompt")
         if save is not None and save.is_file():
             raise ValueError(f"--save wants a folder, and {save} is a file")
-        from vlmflow.images import open_image
+        from vlmflow.core.images import open_image
         from vlmflow.models import Question
 
         question = Question(prompt, tuple(open_image(path) for path in image))
@@ -141,7 +141,7 @@ def demo(
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
     from vlmflow.ask import ask
-    from vlmflow.images import open_image
+    from vlmflow.core.images import open_image
     from vlmflow.latency import Request, compare
     from vlmflow.models import Question
     from vlmflow.pico import samples

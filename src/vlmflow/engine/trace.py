@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from vlmflow.core.cost import Cost
+from vlmflow.core.geometry import Geometry
 from vlmflow.core.layout import Layout
-from vlmflow.cost import Cost
 from vlmflow.engine.prefill import Prefill
-from vlmflow.geometry import Geometry
 from vlmflow.pruners import Pruner
 
 

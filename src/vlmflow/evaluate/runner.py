@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmflow.cost import Cost
+from vlmflow.core.cost import Cost
+from vlmflow.core.geometry import Geometry
 from vlmflow.engine import Trace, attach
 from vlmflow.evaluate.folder import (
     SUMMARY,
@@ -29,7 +30,6 @@ from vlmflow.evaluate.folder import (
     versions,
     write_json,
 )
-from vlmflow.geometry import Geometry
 from vlmflow.models import VLM, Question
 from vlmflow.pruners import Pruner
 from vlmflow.tasks import Judge, Sample, Source, Task

@@ -234,8 +234,8 @@ def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Grid | None
         return None
     rows = []
     for group in groups:
-        found = [parts.get(group) or (None, None, None) for parts in columns]
-        rows.append((group, *(_with_interval(*part) for part in found)))
+        found = [parts.get(group) for parts in columns]
+        rows.append((group, *(_with_interval(part.value, part.low, part.high) if part else _MISSING for part in found)))
     return Grid(title, ("", *(label for label, _ in results)), tuple(rows))
 
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmflow.core.statistics import Resampled, clusters_of, log_ratio
 from vlmflow.engine import attach
-from vlmflow.experiments.means import Means, log_ratio
 from vlmflow.experiments.rows import Finding
 from vlmflow.experiments.runner import Asked
 from vlmflow.experiments.verdict import Claim, halves, named_layers, numbers, record, shown, span, table, told
@@ -87,7 +87,7 @@ class ByWindow:
         """Means, E and D by each measure, and the paper's hypotheses by score consistency."""
         conditions, windows, both_ends = self.conditions(n_layers), self.windows(n_layers), ends(n_layers)
         values = np.stack([_columns(finding, conditions) for finding in findings])
-        means = Means.of(values, [finding.images for finding in findings], seed)
+        means = Resampled.means(values, clusters_of([finding.images for finding in findings]), seed)
         table = _Table(conditions)
         return {
             "consistency": {
@@ -191,7 +191,7 @@ class _Table:
         return log_ratio(*(self.lost(measure, path, windows, means) for path in (_VV, _VT)))
 
 
-def _claims(means: Means, table: _Table, windows: Sequence[Layers], n_layers: int) -> dict[str, list[Claim]]:
+def _claims(means: Resampled, table: _Table, windows: Sequence[Layers], n_layers: int) -> dict[str, list[Claim]]:
     """The hypotheses by score consistency, the measure of appendix D.
 
     Nothing reads the image tokens of the last layer: a window of that layer alone says nothing of intra-visual flow.

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from vlmflow.core.layout import SEGMENTS, Layout
+from vlmflow.core.statistics import Resampled, clusters_of
 from vlmflow.engine import attach
 from vlmflow.evaluate.folder import SUMMARY, EvaluationError, Row, claim, write_json, write_text
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
 from vlmflow.evaluate.score_card import GREY
-from vlmflow.experiments.means import Means
 from vlmflow.experiments.rows import Finding, findings_of
 from vlmflow.experiments.verdict import numbers
 from vlmflow.flow.answer import likeliest, spellings
@@ -224,7 +224,8 @@ def sum_up(study: Study, findings: Sequence[Finding], settings: Mapping[str, Any
             f"no sample is left: {dropped} of {len(findings)} were answered right about a blank picture as well, "
             f"{len(failed)} failed{reason}; take more samples, or others"
         )
-    right = Means.of(np.array([[float(finding.right)] for finding in kept]), [f.images for f in kept], study.seed)
+    images = clusters_of([finding.images for finding in kept])
+    right = Resampled.means(np.array([float(finding.right) for finding in kept]), images, study.seed)
     return {
         "settings": settings,
         "samples": {
@@ -235,7 +236,7 @@ def sum_up(study: Study, findings: Sequence[Finding], settings: Mapping[str, Any
             "images": len({finding.images for finding in kept}),
         },
         "failed": failed,
-        "right": numbers(right.interval(lambda mean: mean[..., 0])),
+        "right": numbers(right.interval(lambda mean: mean)),
         "lengths": {segment: [finding.lengths[segment] for finding in kept] for segment in SEGMENTS},
         **study.experiment.sum_up(kept, settings["layers"], study.seed),
     }

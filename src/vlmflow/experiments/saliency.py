@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmflow.experiments.means import Means, log_ratio
+from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio
 from vlmflow.experiments.rows import Finding
 from vlmflow.experiments.runner import Asked
 from vlmflow.experiments.verdict import (
@@ -23,7 +23,6 @@ from vlmflow.experiments.verdict import (
     table,
     told,
 )
-from vlmflow.flow.consistency import Interval
 from vlmflow.flow.saliency import saliency
 from vlmflow.models import VLM
 
@@ -59,7 +58,8 @@ class ByLayer:
         weighed against each other.
         """
         layers = named_layers(self.layers, n_layers)
-        means = Means.of(np.array([_columns(one) for one in findings]), [one.images for one in findings], seed)
+        images = clusters_of([finding.images for finding in findings])
+        means = Resampled.means(np.array([_columns(finding) for finding in findings]), images, seed)
         ratios = [means.interval(lambda m, i=i: _vt_over_vv(m, [i])) for i in range(len(layers))]
         leaders = {layer: _leader(own) for layer, own in zip(layers, ratios, strict=True) if layer < n_layers - 1}
         shallow, deep = halves(len(layers))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from vlmflow.flow.consistency import LEVEL, Interval
+from vlmflow.core.statistics import LEVEL, Interval
 
 Judgement = Literal["holds", "does not hold", "undecided"]
 HYPOTHESES = {

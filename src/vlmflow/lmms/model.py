@@ -9,9 +9,9 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts  # pyright: ign
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
+from vlmflow.core.images import as_rgb
 from vlmflow.engine import attach
 from vlmflow.evaluate.on_torchrun import own_accelerator
-from vlmflow.images import as_rgb
 from vlmflow.models import Question, load
 from vlmflow.pruners import make_pruner
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from PIL import Image
 
-from vlmflow.images import as_rgb, open_image
-from vlmflow.tasks.intervals import bootstrap, mcnemar, paired_bootstrap
+from vlmflow.core.images import as_rgb, open_image
+from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar
 
 Named = TypeVar("Named")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -153,10 +153,12 @@ class Figure:
         """True for the outcomes that are not left out."""
         return ~np.isnan(self.numerator)
 
-    def estimate(self, chosen: np.ndarray, images: np.ndarray, seed: int) -> tuple[float, float, float] | None:
-        """The figure of the chosen outcomes with its 95 % interval: (value, low, high); None where none counts."""
-        found = bootstrap(self.numerator[chosen], self.denominator[chosen], images[chosen], seed)
-        return found and (self.scale * found[0], self.scale * found[1], self.scale * found[2])
+    def estimate(self, chosen: np.ndarray, images: np.ndarray, seed: int) -> Interval | None:
+        """The figure of the chosen outcomes with its 95 % interval; None where none counts."""
+        if not self.denominator[chosen].sum():
+            return None
+        columns = np.stack([self.numerator[chosen], self.denominator[chosen]], 1)
+        return Resampled.sums(columns, images[chosen], seed).interval(_ratio).times(self.scale)
 
 
 Prompt = Callable[[Sample], str]
@@ -258,8 +260,8 @@ class Task:
         return {
             "task": self.name,
             "figure": figure.name,
-            "value": estimate and estimate[0],
-            "interval": estimate and list(estimate[1:]),
+            "value": estimate and estimate.value,
+            "interval": estimate and [estimate.low, estimate.high],
             "n": int(counted.sum()),
             "images": len(np.unique(images[counted])),
             "unparsed": sum(outcome.parsed is None for outcome in outcomes),
@@ -267,8 +269,8 @@ class Task:
             **figure.details,
         }
 
-    def parts(self, outcomes: Sequence[Outcome], seed: int = 0) -> dict[str, tuple[float, float, float] | None]:
-        """The figure of each group with its interval, as a part of the whole set's: (value, low, high).
+    def parts(self, outcomes: Sequence[Outcome], seed: int = 0) -> dict[str, Interval | None]:
+        """The figure of each group with its interval, as a part of the whole set's.
 
         None where nothing of the group is left. No group where there is no outcome.
         """
@@ -300,18 +302,32 @@ class Task:
         both = a.counted & b.counted
         pair = [(figure.numerator[both], figure.denominator[both]) for figure in (a, b)]
         images = _images(first)[both]
-        result = paired_bootstrap(*pair[0], *pair[1], images, seed)
         binary = all(np.isin(top, (0, 1)).all() and (bottom == 1).all() for top, bottom in pair)
-        return {
+        record = {
             "task": self.name,
             "figure": a.name,
-            "difference": None if result is None else a.scale * result[0],
-            "interval": None if result is None else [a.scale * bound for bound in result[1:3]],
-            "p_bootstrap": None if result is None else result[3],
+            "difference": None,
+            "interval": None,
+            "p_bootstrap": None,
             "p_mcnemar": mcnemar(pair[0][0] == 1, pair[1][0] == 1) if binary else None,
             "n": int(both.sum()),
             "images": len(np.unique(images)),
         }
+        if all(bottom.sum() for _, bottom in pair):
+            sums = Resampled.sums(np.stack([*pair[0], *pair[1]], 1), images, seed)
+            difference = sums.interval(_difference).times(a.scale)
+            record |= {"difference": difference.value, "interval": [difference.low, difference.high]}
+            record["p_bootstrap"] = sums.p_of_zero(_difference)
+        return record
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _difference(sums: np.ndarray) -> np.ndarray:
+    """The second ratio less the first."""
+    return _ratio(sums[..., 2:]) - _ratio(sums[..., :2])
 
 
 def letters(sample: Sample) -> str:
@@ -344,9 +360,7 @@ def accuracy(outcomes: Sequence[Outcome]) -> Figure:
 
 def _images(outcomes: Sequence[Outcome]) -> np.ndarray:
     """A number for each outcome's images: what the bootstrap draws, as questions about one image go together."""
-    keys = [tuple(picture.name for picture in outcome.sample.images) for outcome in outcomes]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys], int)
+    return clusters_of([tuple(picture.name for picture in outcome.sample.images) for outcome in outcomes])
 
 
 def _named(task: Task, what: str, known: Mapping[str, Named], name: str | None) -> Named:

@@ -1,0 +1,134 @@
+"""Intervals of sums and means over clusters, paired tests, and the ratio of Eq. 7."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio, mcnemar
+
+
+def ratio(sums):
+    return sums[..., 0] / sums[..., 1]
+
+
+def share(scores, clusters, seed=0) -> Interval:
+    """The mean of scores as a ratio of sums."""
+    return Resampled.sums(np.stack([scores, np.ones(len(scores))], 1), clusters, seed).interval(ratio)
+
+
+def test_intervals_cover():
+    """Of 95 % intervals of a known share, about 95 % hold it."""
+    generator, hits = np.random.default_rng(0), 0
+    for trial in range(200):
+        scores = (generator.random(150) < 0.7).astype(float)
+        interval = share(scores, np.arange(150), seed=trial)
+        hits += interval.low <= 0.7 <= interval.high
+    assert 180 <= hits <= 199
+
+
+def test_sums_against_a_plain_loop():
+    values, clusters = np.array([[1.0, 2], [0, 1], [3, 4], [2, 2], [5, 6]]), np.array([7, 7, 2, 2, 9])
+    interval = Resampled.sums(values, clusters, seed=1).interval(ratio)
+    assert interval.value == pytest.approx(11 / 15)
+    pick, ratios = random.Random(0), []
+    rows = {c: np.flatnonzero(clusters == c) for c in (7, 2, 9)}
+    for _ in range(20_000):
+        drawn = np.concatenate([rows[pick.choice((7, 2, 9))] for _ in range(3)])
+        ratios.append(ratio(values[drawn].sum(0)))
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), abs=0.02)
+
+
+def test_intervals_are_seeded_and_see_clusters():
+    scores, alone = np.tile([1.0, 1.0, 1.0, 0.0], 50), np.arange(200)
+    assert share(scores, alone, 3) == share(scores, alone, 3)
+    assert share(scores, alone, 3) != share(scores, alone, 4)
+    blocks = np.repeat([1.0, 0.0], 100)  # all of an image right, or all wrong
+    wide, narrow = (share(blocks, clusters) for clusters in (np.repeat(np.arange(10), 20), alone))
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+    assert share(np.ones(1), np.zeros(1, int)) == Interval(1, 1, 1)
+
+
+def test_means_are_those_of_rows_and_clusters_are_drawn():
+    generator = np.random.default_rng(0)
+    values, images = generator.random((60, 2, 3)), np.arange(60) // 3
+    values[5, 1, 2] = np.nan
+    means = Resampled.means(values, images, seed=1)
+    assert means.value == pytest.approx(np.nanmean(values, 0))
+    wide = means.interval(lambda m: m[..., 0, 0])
+    assert wide.value == means.value[0, 0]
+    assert wide.low < wide.value < wide.high
+    same = Resampled.means(np.repeat(values[:20], 3, axis=0), images, seed=1).interval(lambda m: m[..., 0, 0])
+    alone = Resampled.means(values[:20], np.arange(20), seed=1).interval(lambda m: m[..., 0, 0])
+    assert (same.low, same.high) == pytest.approx((alone.low, alone.high))  # asked thrice, an image tells no more
+    assert Resampled.means(values, images, seed=2).interval(lambda m: m[..., 0, 0]) != wide
+
+
+def test_one_cluster_gives_no_interval_of_a_mean():
+    interval = Resampled.means(np.arange(60.0), np.zeros(60, int), seed=1).interval(lambda mean: mean)
+    assert interval.value == 29.5
+    assert math.isnan(interval.low)
+    assert interval.undefined == 1
+
+
+def test_what_is_made_of_one_draw_is_paired():
+    """Scores that vary much but lose the same everywhere have a loss without doubt."""
+    whole = np.linspace(0, 1, 30)
+    values = np.stack([whole, whole - 0.25, whole - 0.5], 1)
+    means = Resampled.means(values, np.arange(30), seed=0)
+    lost = means.interval(lambda m: m[..., 0] - m[..., 1])
+    assert (lost.low, lost.high) == pytest.approx((0.25, 0.25))
+    relation = means.interval(lambda m: log_ratio(m[..., 0] - m[..., 2], m[..., 0] - m[..., 1]))
+    assert (relation.low, relation.high) == pytest.approx((math.log(2), math.log(2)))
+
+
+def test_undefined_resamples_are_counted_and_infinite_ones_are_values():
+    lost = np.array([1.0, 0.0, 0.0])  # by one disruption of three samples, by the other never
+    means = Resampled.means(np.stack([lost, np.zeros(3)], 1), np.arange(3), seed=0)
+    interval = means.interval(lambda m: log_ratio(m[..., 0], m[..., 1]))
+    assert interval.value == interval.low == interval.high == math.inf
+    assert interval.undefined == pytest.approx((2 / 3) ** 3, abs=0.05)
+    nothing = means.interval(lambda m: log_ratio(m[..., 1], m[..., 1]))
+    assert math.isnan(nothing.value)
+    assert nothing.undefined == 1
+
+
+def test_p_of_a_difference():
+    generator = np.random.default_rng(0)
+    first = (generator.random(400) < 0.6).astype(float)
+    second = np.maximum(first, generator.random(400) < 0.2)
+    sums = Resampled.sums(np.stack([first, second], 1), np.arange(400), 0)
+    assert sums.p_of_zero(lambda s: s[..., 1] - s[..., 0]) < 0.01
+    assert sums.p_of_zero(lambda s: s[..., 0] - s[..., 0]) == 1
+
+
+def test_log_ratio_in_every_case():
+    def of(over, under):
+        return float(log_ratio(np.array([over]), np.array([under]))[0])
+
+    assert of(0.2, 0.1) == pytest.approx(math.log(2))
+    assert of(0.1, 0.2) == pytest.approx(-math.log(2))
+    assert of(0.1, 0.0) == of(0.1, -0.3) == math.inf
+    assert of(0.0, 0.1) == of(-0.3, 0.1) == -math.inf
+    assert math.isnan(of(0.0, 0.0))
+    assert math.isnan(of(-0.1, -0.2))
+    assert math.isnan(of(math.nan, 0.1))
+
+
+def test_clusters_are_numbered_as_they_come():
+    assert clusters_of(["b", "a", "b", ("c", 1)]).tolist() == [0, 1, 0, 2]
+
+
+def test_mcnemar_exact():
+    def outcomes(only_first: int, only_second: int) -> tuple[np.ndarray, np.ndarray]:
+        first = np.array([True] * only_first + [False] * only_second + [True, False])
+        second = np.array([False] * only_first + [True] * only_second + [True, False])
+        return first, second
+
+    for b, c in ((0, 0), (1, 0), (5, 5), (2, 10), (10, 2), (0, 20), (30, 50)):
+        n = b + c
+        expected = min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n)
+        assert mcnemar(*outcomes(b, c)) == pytest.approx(expected, rel=1e-12)
+    assert mcnemar(*outcomes(2, 10)) == pytest.approx(0.03857421875)
+    assert mcnemar(*outcomes(3000, 4000)) < 1e-30
