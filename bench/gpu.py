@@ -29,7 +29,7 @@ import stages
 import torch
 
 from vlmflow.core.geometry import GEOMETRIES, Geometry
-from vlmflow.evaluate.folder import versions
+from vlmflow.records.files import versions
 
 STAGES: dict[str, Callable[[bool], dict[str, Any]]] = {
     "laws": gpu_proofs.laws,

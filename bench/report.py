@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlmflow.evaluate.folder import write_text
 from vlmflow.plots import Promise, promises
+from vlmflow.records.files import write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NEVER = "Never run: no result file. `{command}` makes it."

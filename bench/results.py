@@ -19,8 +19,9 @@ from typing import Any
 
 from report import put, table
 
-from vlmflow.evaluate.folder import Folder, read_json, write_json, write_text
 from vlmflow.pico import MODEL_DIR
+from vlmflow.records.files import read_json, write_json, write_text
+from vlmflow.records.folder import Folder
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICO_PAGE, CARD = ROOT / "docs" / "results.md", ROOT / "docs" / "pico.md", MODEL_DIR / "README.md"

@@ -20,9 +20,9 @@ import torch
 
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import GEOMETRIES, Geometry
-from vlmflow.evaluate.folder import versions, write_json
 from vlmflow.latency import Protocol, Request, compare, machine, synchronize
 from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
+from vlmflow.records.files import versions, write_json
 from vlmflow.synthetic import random_model, random_prompt
 
 TINY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=4, head_dim=16, vocab=300)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from vlmflow.evaluate.folder import Folder, Row
+from vlmflow.evaluate.rows import Row
+from vlmflow.records.folder import Folder
 from vlmflow.tasks import Sample
 
 BENCH = Path(__file__).parents[1] / "bench"

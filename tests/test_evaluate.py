@@ -20,7 +20,7 @@ from vlmflow.cli import app
 from vlmflow.cli.evaluate import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, mean_share, with_budget
-from vlmflow.evaluate.folder import EvaluationError, Folder, Row, claim
+from vlmflow.evaluate.rows import Row, outcomes_of, rows_of
 from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
 from vlmflow.evaluate.tables import Result, find_results, group_grid, report
 from vlmflow.experiments.runner import Study
@@ -29,6 +29,8 @@ from vlmflow.experiments.saliency import ByLayer
 from vlmflow.models import VLM, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Unpruned
+from vlmflow.records.files import RecordError
+from vlmflow.records.folder import Folder, claim
 from vlmflow.tasks import TASKS, Judge, Picture, Sample, Source, TaskError, Verdict
 
 SCENES = pico_samples()
@@ -153,9 +155,9 @@ def test_when_all_fail_something_else_is_wrong(vlm, questions, tmp_path, monkeyp
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 4)
     for number in range(6):
         (tmp_path / f"{number}.png").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*is no image.*the rows so far are in"):
+    with pytest.raises(RecordError, match=r"4 samples in a row failed .*is no image.*the rows so far are in"):
         run(vlm, evaluation(questions), tmp_path / "out", batch_size=2)
-    assert len(Folder(tmp_path / "out").rows.read()) == 4
+    assert len(rows_of(Folder(tmp_path / "out")).read()) == 4
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 50)
     summary = run(vlm, evaluation(questions), tmp_path / "out", batch_size=2)
     assert summary["samples"]["failed"] == 6
@@ -226,7 +228,7 @@ def test_a_finished_run_asks_nothing(vlm, questions, finished, monkeypatch):
 )
 def test_another_run_in_the_same_folder_is_refused(vlm, questions, finished, changes, says):
     before = files(finished)
-    with pytest.raises(EvaluationError, match=says):
+    with pytest.raises(RecordError, match=says):
         run(vlm, evaluation(questions, **changes), finished)
     assert files(finished) == before
 
@@ -242,7 +244,7 @@ def test_changed_data_and_weights_are_other_settings(vlm, questions):
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
-    with claim(tmp_path / "out", {"a": 1}), pytest.raises(EvaluationError, match="another process is writing"):
+    with claim(tmp_path / "out", {"a": 1}), pytest.raises(RecordError, match="another process is writing"):
         claim(tmp_path / "out", {"a": 1}).__enter__()
     with claim(tmp_path / "out", {"a": 1}):
         pass
@@ -251,12 +253,12 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 def test_broken_folders_are_refused(vlm, questions, finished, tmp_path):
     rows = finished / "rows.jsonl"
     rows.write_bytes(b"nonsense\n" + rows.read_bytes())
-    with pytest.raises(EvaluationError, match=r"rows.jsonl, line 1: not a row"):
+    with pytest.raises(RecordError, match=r"rows.jsonl, line 1: not a row"):
         run(vlm, evaluation(questions), finished)
     (finished / "settings.json").unlink()
-    with pytest.raises(EvaluationError, match=r"has rows.jsonl but no settings.json"):
+    with pytest.raises(RecordError, match=r"has rows.jsonl but no settings.json"):
         run(vlm, evaluation(questions), finished)
-    with pytest.raises(EvaluationError, match="need a folder"):
+    with pytest.raises(RecordError, match="need a folder"):
         run(vlm, evaluation(questions), questions)
 
 
@@ -384,7 +386,7 @@ def test_the_progress_tells_rate_time_left_and_failures(monkeypatch, capsys, eac
 def test_a_sweep_tells_the_parts_of_a_benchmark_apart(tmp_path):
     args = ["--task", "pico", "--limit", "4", "--pruners", "vtw", "--budgets", "0.5", "--out", tmp_path]
     assert vlmflow("sweep", *args).exit_code == 0
-    outcomes = {name: Folder(tmp_path / name).outcomes() for name in ("none", "vtw-0.5")}
+    outcomes = {name: outcomes_of(Folder(tmp_path / name)) for name in ("none", "vtw-0.5")}
     table = (tmp_path / "sweep.md").read_text().partition("by part**")[2]
     assert "|  | none | vtw-0.5 |" in table
     for number, kind in enumerate(outcome.sample.group for outcome in outcomes["none"]):
@@ -399,8 +401,8 @@ def test_the_parts_of_captions_are_scored_as_parts_of_the_whole(tmp_path):
     for number, (text, said) in enumerate(zip(texts, [texts[0], "two cats", "a bus in town", "a horse"], strict=True)):
         sample = Sample(str(number), (Picture(str(number), b""),), references=(text,), group=groups[number])
         rows.append(Row(sample, "", answer=said, parsed=said, image_tokens={0: 1}))
-    Folder(tmp_path).rows.append(rows)
-    metric = task.metric(Folder(tmp_path).outcomes())
+    rows_of(Folder(tmp_path)).append(rows)
+    metric = task.metric(outcomes_of(Folder(tmp_path)))
     grid = group_grid([("none", Result(tmp_path, {"task": "nocaps", "seed": 0}, {}))], "parts")
     assert grid is not None
     for group, cell in grid.rows:
@@ -485,7 +487,7 @@ def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
     assert all(line.difference is None for line in made.lines)
     assert "**" not in "".join(cell for row in made.grids[0].rows for cell in row)
     run(vlm, evaluation(questions, limit=1), tmp_path / "b", batch_size=3)
-    with pytest.raises(EvaluationError, match=r"are both himap of pico on jsonl \(samples.count was 2, is 1\)"):
+    with pytest.raises(RecordError, match=r"are both himap of pico on jsonl \(samples.count was 2, is 1\)"):
         report(find_results([tmp_path / "a", tmp_path / "b"])[0])
 
 

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from vlmflow import attach, plots
 from vlmflow.cli import app
 from vlmflow.core.images import open_image
-from vlmflow.evaluate.folder import EvaluationError
 from vlmflow.experiments import knockout, runner
 from vlmflow.experiments.knockout import ByWindow
 from vlmflow.experiments.rows import findings_of
@@ -31,6 +30,7 @@ from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.flow.saliency import saliency
 from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
+from vlmflow.records.files import RecordError
 from vlmflow.tasks import TASKS, Source
 
 SCENES = pico_samples()
@@ -199,7 +199,7 @@ def test_another_run_in_the_same_folder_is_refused(vlm, questions, tmp_path, cha
     asked = study(questions, ByLayer((1, 2)))
     run(vlm, asked, tmp_path / "out")
     before = files(tmp_path / "out")
-    with pytest.raises(EvaluationError, match=says):
+    with pytest.raises(RecordError, match=says):
         run(vlm, replace(asked, **change), tmp_path / "out")
     assert files(tmp_path / "out") == before
 
@@ -224,24 +224,24 @@ def test_a_broken_image_fails_alone_and_is_tried_again(vlm, questions, tmp_path)
 def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / f"{number}.png").write_text("no image")
-    with pytest.raises(EvaluationError, match=r"4 samples in a row failed .*is no image.*rows so far are in"):
+    with pytest.raises(RecordError, match=r"4 samples in a row failed .*is no image.*rows so far are in"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
     assert len(findings_of(tmp_path / "out").read()) == 4
     monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 2)
-    with pytest.raises(EvaluationError, match="2 samples in a row failed"):
+    with pytest.raises(RecordError, match="2 samples in a row failed"):
         run(vlm, study(questions, ByLayer()), tmp_path / "soon")
 
 
 def test_a_token_outside_the_vocabulary_is_told_of(vlm, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "spellings", lambda *args: [(10_000,)])
-    with pytest.raises(EvaluationError, match="token 10000 is outside the vocabulary of"):
+    with pytest.raises(RecordError, match="token 10000 is outside the vocabulary of"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
 
 
 def test_nothing_left_is_told_of(vlm, questions, tmp_path):
     line = questions.read_text().splitlines()[2]
     questions.write_text(line)
-    with pytest.raises(EvaluationError, match="no sample is left: 1 of 1 were answered right about a blank picture"):
+    with pytest.raises(RecordError, match="no sample is left: 1 of 1 were answered right about a blank picture"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
     assert len(findings_of(tmp_path / "out").read()) == 1
 
@@ -250,7 +250,7 @@ def test_a_broken_row_is_named(vlm, questions, tmp_path):
     run(vlm, study(questions, ByLayer()), tmp_path / "out")
     rows = tmp_path / "out/rows.jsonl"
     rows.write_bytes(b'{"id": "q0"}\n' + rows.read_bytes())
-    with pytest.raises(EvaluationError, match=r"rows.jsonl, line 1: not a row of this kind of run"):
+    with pytest.raises(RecordError, match=r"rows.jsonl, line 1: not a row of this kind of run"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
 
 

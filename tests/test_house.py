@@ -11,7 +11,8 @@ import vlmflow
 
 SOURCE = Path(vlmflow.__file__).parent
 FLOORS = [  # a room may import those below it, and its own floor
-    {"core", "pico"},
+    {"core"},
+    {"records", "pico"},
     {"pruners", "published"},
     {"engine"},
     {"flow", "models", "synthetic"},

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from vlmflow.cli import app
 from vlmflow.evaluate.budgets import for_task
-from vlmflow.evaluate.folder import EvaluationError, Folder
 from vlmflow.evaluate.on_ray import Loading, connected
+from vlmflow.evaluate.rows import rows_of
 from vlmflow.evaluate.runner import Evaluation, run
 from vlmflow.models import load
+from vlmflow.records.files import RecordError
+from vlmflow.records.folder import Folder
 from vlmflow.tasks import TASKS
 
 ray = pytest.importorskip("ray")
@@ -56,7 +58,7 @@ def test_a_killed_worker_loses_nothing(alone, tmp_path):
         began = []
         pool.run(subject, doomed, tmp_path / "out", **{**how, "progress": lambda done, *_: began.append(done)})
         assert began == [16]
-        with pytest.raises(EvaluationError, match=r'^Ray: EvaluationError: on .* would be others: weights was "other"'):
+        with pytest.raises(RecordError, match=r'^Ray: RecordError: on .* would be others: weights was "other"'):
             pool.run(replace(subject, weights="other"), ASKED, tmp_path / "other", **how)
 
 
@@ -88,7 +90,7 @@ def test_a_killed_driver_goes_on(alone, tmp_path):
     assert driver.exitcode == -signal.SIGKILL
     assert not (out / "summary.json").exists()
     ids = [sample.id for sample in ASKED.samples()]
-    kept = Folder(out).rows.read().keys()
+    kept = rows_of(Folder(out)).read().keys()
     batches = [
         (first, second) for first, second in zip(ids[::2], ids[1::2], strict=True) if {first, second} <= by.keys()
     ]
@@ -117,7 +119,7 @@ def test_a_killed_driver_goes_on(alone, tmp_path):
 )
 def test_pools_that_cannot_be(args, says, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(EvaluationError, match=says), connected(PICO, **args):
+    with pytest.raises(RecordError, match=says), connected(PICO, **args):
         pass
 
 
@@ -125,12 +127,12 @@ def test_a_cluster_that_is_too_small(monkeypatch):
     there = {"CPU": 8.0, "GPU": 1.0}
     monkeypatch.setattr(ray, "init", lambda *args, **fields: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
-    with pytest.raises(EvaluationError, match="2 workers need 2 GPUs; the cluster has 1"), connected(PICO, 2):
+    with pytest.raises(RecordError, match="2 workers need 2 GPUs; the cluster has 1"), connected(PICO, 2):
         pass
     with connected(PICO, 2, gpus=0.5) as pool:
         assert pool.gpus == 0.5
     there.pop("GPU")
-    with pytest.raises(EvaluationError, match="9 workers need 9 CPUs; the cluster has 8"), connected(PICO, 9):
+    with pytest.raises(RecordError, match="9 workers need 9 CPUs; the cluster has 8"), connected(PICO, 9):
         pass
 
 

@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from vlmflow.core.errors import one_line
 from vlmflow.core.geometry import GEOMETRIES, Geometry
+from vlmflow.core.images import open_image as open_image  # where users look for it
 from vlmflow.pico import MODEL_DIR
 
 FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it by; each is tested from its config
@@ -161,7 +163,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         try:
             nn.Module.to(model, where)
         except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
-            raise ModelError(f"cannot put {name!r} on device {where!r}: {_first_line(error)}") from error
+            raise ModelError(f"cannot put {name!r} on device {where!r}: {one_line(error)}") from error
     _check_finite(name, model)
     return VLM(name, model.eval(), processor)
 
@@ -265,12 +267,12 @@ def _reason(name: str, error: Exception) -> str:
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return "the folder has no weights (*.safetensors); point to a complete checkpoint"
     if isinstance(error, SafetensorError):
-        return f"its weights are broken ({_first_line(error)}); get them again"
+        return f"its weights are broken ({one_line(error)}); get them again"
     if "Unrecognized configuration class" in text:
         return "it is no image-text-to-text model; `vlmflow models` lists the families that work"
     if not folder.exists() and ("connect" in text.lower() or "offline" in text.lower()):
         return "no such folder here, and the hub cannot be reached; check the name, or download the model first"
-    return _first_line(error)
+    return one_line(error)
 
 
 def _own_code(name: str) -> list[str]:
@@ -290,10 +292,6 @@ def _strings(reference: Any) -> list[str]:
         return [reference]
     inside = reference.values() if isinstance(reference, dict) else reference or ()
     return [name for name in inside if isinstance(name, str)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def patch_grids(

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from vlmflow.records.files import replacing
+
 _WIDTH = 2.2  # inches that one picture takes
 _COLUMNS = 4
 _FADED = 0.82  # how far a dropped patch goes towards white
@@ -342,8 +344,6 @@ def _save_both(figure: Figure, stem: Path) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a picture whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     undated = {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=undated)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=undated)

@@ -14,8 +14,8 @@ from rich.progress import Progress
 
 from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, load_model, notes, out, plain_table, refusals
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
-from vlmflow.evaluate.folder import versions, write_json
 from vlmflow.pruners import make_pruner
+from vlmflow.records.files import versions, write_json
 from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:

@@ -11,9 +11,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from vlmflow.models import VLM
+    from vlmflow.records import table as records
 
 out, notes = Console(), Console(stderr=True)
 
@@ -63,3 +65,12 @@ def absolute(path: Path | None) -> Path | None:
 def plain_table(*columns: str) -> Table:
     """A table without boxes, for terminals and files alike."""
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def print_table(table: records.Table) -> None:
+    """Print a table that is also written to files."""
+    shown = plain_table(*table.header)
+    shown.title, shown.title_justify = table.title, "left"
+    for cells in table.rows:
+        shown.add_row(*(Text(str(cell)) for cell in cells))
+    out.print(shown)

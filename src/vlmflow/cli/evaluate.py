@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
-from rich.text import Text
 
 from vlmflow.cli.common import (
     DeviceOption,
@@ -28,15 +26,16 @@ from vlmflow.cli.common import (
     out,
     parse_settings,
     plain_table,
+    print_table,
     refusals,
 )
 from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.tasks import TASKS, Judge, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.folder import Row
+    from vlmflow.evaluate.rows import Row
     from vlmflow.evaluate.runner import Progress
-    from vlmflow.evaluate.tables import Grid, Line
+    from vlmflow.evaluate.tables import Line
 
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
@@ -195,7 +194,7 @@ def sweep(
                 return show(progress, f"{cell.folder} ({number + 1}/{len(cells)})")
 
             lines = evaluate_cells(vlm, asked, cells, out_dir, samples=samples, batch_size=batch_size, progress=shown)
-        _print(sweep_grid(lines, chosen.title, wide=False))
+        print_table(sweep_grid(lines, chosen.title, wide=False))
         for line in lines:
             if line.note:
                 notes.print(line.note, highlight=False, markup=False)
@@ -215,9 +214,9 @@ def report(
     json_: JsonOption = False,
 ) -> None:
     """Put results into tables like the paper's Tables 1 and 2, with differences to the unpruned run."""
-    from vlmflow.evaluate.folder import write_json, write_text
-    from vlmflow.evaluate.tables import find_results, to_csv
+    from vlmflow.evaluate.tables import find_results, table_of
     from vlmflow.evaluate.tables import report as make_report
+    from vlmflow.records.files import write_json, write_text
 
     with refusals():
         results, left_out = find_results(folders)
@@ -225,12 +224,12 @@ def report(
         record = {"lines": [vars(line) for line in made.lines], "notes": list(made.notes)}
         if out_dir is not None:
             write_text(out_dir / "report.md", made.markdown())
-            write_text(out_dir / "report.csv", to_csv(made.lines))
+            write_text(out_dir / "report.csv", table_of(made.lines).csv())
             write_json(out_dir / "report.json", record)
     for path, what in left_out.items():
         notes.print(f"left out, as it is {what}: {path}", highlight=False, markup=False)
     for grid in made.grids:
-        _print(grid)
+        print_table(grid)
     for note in made.notes:
         out.print(note, highlight=False, markup=False)
     if out_dir is not None:
@@ -341,14 +340,6 @@ def _shares(text: str) -> list[float]:
     if any(not 0 < share < 1 for share in shares):
         raise ValueError(f"--budgets wants shares above 0 and below 1, got {text!r}")
     return shares
-
-
-def _print(grid: Grid) -> None:
-    table: Table = plain_table(*grid.header)
-    table.title, table.title_justify = grid.title, "left"
-    for cells in grid.rows:
-        table.add_row(*(Text(cell) for cell in cells))
-    out.print(table)
 
 
 def _print_summary(summary: dict[str, Any], task: Task) -> None:

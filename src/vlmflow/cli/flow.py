@@ -24,7 +24,7 @@ from vlmflow.cli.evaluate import (
     show,
     stoppable,
 )
-from vlmflow.evaluate.folder import versions, write_json
+from vlmflow.records.files import versions, write_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from vlmflow.cli.common import (
     plain_table,
     refusals,
 )
-from vlmflow.evaluate.folder import versions
 from vlmflow.pruners import PRUNERS, make_pruner, parse_fields
+from vlmflow.records.files import versions, write_json
 
 if TYPE_CHECKING:
     from vlmflow.ask import Run
@@ -117,10 +117,7 @@ def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record
     from vlmflow import plots
     from vlmflow.models import patch_grids, seen_images
 
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".record.json.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(folder / "record.json")
+    write_json(folder / "record.json", record)
     typer.echo(f"wrote {folder / 'record.json'}")
     inputs = vlm.encode([question])
     n_image = next(iter(runs.values())).image_tokens[0]

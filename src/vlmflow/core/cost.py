@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from vlmflow.core.geometry import Geometry, Tower, refusal
+from vlmflow.core.errors import refusal
+from vlmflow.core.geometry import Geometry, Tower
 
 Attention = Literal["full", "causal"]  # pairs counted: all, as dense kernels do, or the visible ones
 Schedule = tuple[int, ...]  # image tokens that enter each decoder layer

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vlmflow.core.errors import refusal
+
 DECODERS = (  # text model_types whose layers are q, k, v and o projections and a gated MLP, routed or not
     "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text qwen2_vl_text qwen2_5_vl_text qwen3_vl_text "
     "qwen3_vl_moe_text glm4v_text"
@@ -12,11 +14,6 @@ DECODERS = (  # text model_types whose layers are q, k, v and o projections and 
 TILED = "llava llava_next llava_onevision internvl idefics3 smolvlm mistral3 gemma3 paligemma"
 DYNAMIC = "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v"
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "pixtral": 0}
-
-
-def refusal(who: str, wanted: str, got: object, todo: str) -> ValueError:
-    """The error that says who refuses, what was wanted, what came, and what to do."""
-    return ValueError(f"{who}: wanted {wanted}, got {got}; {todo}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlmflow.core.errors import one_line
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes of more than 8 bits
@@ -48,8 +50,7 @@ def open_image(file: str | Path | bytes, name: str | None = None) -> Image.Image
     except PermissionError as error:
         raise ImageError(f"{name} cannot be read (permission denied)") from error
     except Exception as error:  # on a broken file Pillow's readers raise whatever they run into
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ImageError(f"{name} is broken ({reason}); get an intact copy") from error
+        raise ImageError(f"{name} is broken ({one_line(error)}); get an intact copy") from error
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmflow.evaluate.folder import EvaluationError, Row, differences
+from vlmflow.evaluate.rows import Row
 from vlmflow.evaluate.runner import Evaluation, Progress, Shard, Subject, answers, collect
 from vlmflow.models import VLM, load
+from vlmflow.records.files import RecordError
+from vlmflow.records.folder import differences
 from vlmflow.tasks import Sample
 
 OBJECT_STORE = 256 * 2**20  # bytes, where the cluster is made here
@@ -63,7 +65,7 @@ class Pool:
         """What is evaluated, read off the model on one of the machines that will run it.
 
         Raises:
-            EvaluationError: it cannot be loaded there.
+            RecordError: it cannot be loaded there.
         """
         import ray
 
@@ -85,7 +87,7 @@ class Pool:
         What a worker held that died is answered by another, as often as that happens.
 
         Raises:
-            EvaluationError: also where a worker cannot load what it needs, or has other versions, weights or samples.
+            RecordError: also where a worker cannot load what it needs, or has other versions, weights or samples.
         """
         evaluation.pruner.checked_stages(subject.layers, 0)
         answering = partial(self._answers, evaluation, evaluation.settings(subject, samples))
@@ -121,7 +123,7 @@ class Worker:
         self._vlm, self._evaluation, self._samples = loading.load(), evaluation, evaluation.samples()
         own = evaluation.settings(Subject.of(self._vlm), self._samples)
         if differing := differences(settings, own):
-            raise EvaluationError(f"on {platform.node()} the settings would be others: {'; '.join(differing)}")
+            raise RecordError(f"on {platform.node()} the settings would be others: {'; '.join(differing)}")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Answer shards."""
@@ -139,18 +141,18 @@ def connected(loading: Loading, workers: int, gpus: float | None = None, address
     """A pool on this machine or, by an address, on a cluster that runs; ``gpus`` is by default one where it has any.
 
     Raises:
-        EvaluationError: Ray is not installed, nothing answers at the address, or the cluster is too small.
+        RecordError: Ray is not installed, nothing answers at the address, or the cluster is too small.
     """
     if workers < 1:
-        raise EvaluationError(f"workers must be at least 1, got {workers}")
+        raise RecordError(f"workers must be at least 1, got {workers}")
     if gpus is not None and gpus < 0:
-        raise EvaluationError(f"GPUs a worker must be 0 or more, got {gpus:g}")
+        raise RecordError(f"GPUs a worker must be 0 or more, got {gpus:g}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked the user
     try:
         import ray
         import ray.data
     except ImportError:
-        raise EvaluationError('Ray is not installed: pip install "vlmflow[ray]"') from None
+        raise RecordError('Ray is not installed: pip install "vlmflow[ray]"') from None
     if address is None:
         ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE, **_QUIET)
     else:
@@ -164,7 +166,7 @@ def connected(loading: Loading, workers: int, gpus: float | None = None, address
         each = min(1.0, there.get("GPU", 0)) if gpus is None else gpus
         kind, needed = ("GPU", workers * each) if each else ("CPU", workers)
         if there.get(kind, 0) < needed:
-            raise EvaluationError(f"{workers} workers need {needed:g} {kind}s; the cluster has {there.get(kind, 0):g}")
+            raise RecordError(f"{workers} workers need {needed:g} {kind}s; the cluster has {there.get(kind, 0):g}")
         yield Pool(workers, each, loading)
     finally:
         ray.shutdown()
@@ -179,11 +181,11 @@ def _check_reachable(address: str) -> None:
     if address == "auto":
         return
     if "//" in address or not host or not port.isdigit():
-        raise EvaluationError(f"a cluster's address is auto or host:port, such as 10.0.0.1:6379, got {address!r}")
+        raise RecordError(f"a cluster's address is auto or host:port, such as 10.0.0.1:6379, got {address!r}")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise EvaluationError(f"no Ray cluster answers at {address} ({error.strerror or error})") from None
+        raise RecordError(f"no Ray cluster answers at {address} ({error.strerror or error})") from None
 
 
 @contextmanager
@@ -195,7 +197,7 @@ def _one_line() -> Iterator[None]:
         yield
     except (ray.exceptions.RayError, ConnectionError) as error:
         last = str(error).strip().split("\n")[-1]
-        raise EvaluationError(f"Ray: {re.sub(_MODULE, '', last)}") from error
+        raise RecordError(f"Ray: {re.sub(_MODULE, '', last)}") from error
 
 
 _MODULE = re.compile(r"^[\w.]+[.](?=\w+: )")  # of an exception's full name

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import is_torchelastic_launched
 from torch.distributed.rendezvous import rendezvous
 
-from vlmflow.evaluate.folder import Row
+from vlmflow.evaluate.rows import Row
 from vlmflow.evaluate.runner import Evaluation, Progress, Shard, Subject, answers, collect, machine
 from vlmflow.models import VLM
 from vlmflow.tasks import Sample

@@ -16,22 +16,14 @@ import torch
 from torch import nn
 
 from vlmflow.core.cost import Cost
+from vlmflow.core.errors import typed_line
 from vlmflow.core.geometry import Geometry
 from vlmflow.engine import Trace, attach
-from vlmflow.evaluate.folder import (
-    SUMMARY,
-    VERDICTS,
-    EvaluationError,
-    Folder,
-    OpenFolder,
-    Row,
-    claim,
-    differences,
-    versions,
-    write_json,
-)
+from vlmflow.evaluate.rows import Row, outcomes_of, rows_of, verdicts_of
 from vlmflow.models import VLM, Question
 from vlmflow.pruners import Pruner
+from vlmflow.records.files import RecordError, versions, write_json
+from vlmflow.records.folder import SUMMARY, VERDICTS, Folder, OpenFolder, claim, differences
 from vlmflow.tasks import Judge, Sample, Source, Task
 
 FAILURES_IN_A_ROW = 50  # after so many something is wrong with more than the samples
@@ -217,14 +209,14 @@ def collect(
 
     Raises:
         TaskError: what is wrong with the source, the prompt style or the answer rule.
-        EvaluationError: the folder holds another run, or too many samples in a row have failed. Rows stay.
+        RecordError: the folder holds another run, or too many samples in a row have failed. Rows stay.
         ValueError: a pruner or model that do not fit (see ``attach``).
     """
     if batch_size < 1:
-        raise EvaluationError(f"batch_size must be at least 1, got {batch_size}")
+        raise RecordError(f"batch_size must be at least 1, got {batch_size}")
     settings = evaluation.settings(subject, samples)
     with claim(out, settings) as folder:
-        answered = {key for key, row in folder.rows.read().items() if row.failure is None}
+        answered = {key for key, row in rows_of(folder).read().items() if row.failure is None}
         shards = missing_shards(samples, answered, batch_size)
         done, start = len(answered), time.time()
         progress(done, len(samples), None)
@@ -233,17 +225,17 @@ def collect(
             folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **where})
         bad = 0
         for rows in answering(shards):
-            folder.rows.append(rows)
+            rows_of(folder).append(rows)
             for row in rows:
                 done += 1
                 bad = 0 if row.failure is None else bad + 1
                 progress(done, len(samples), row)
             if bad >= FAILURES_IN_A_ROW:
                 reason = rows[-1].failure
-                raise EvaluationError(f"{bad} samples in a row failed ({reason}); the rows so far are in {out}")
+                raise RecordError(f"{bad} samples in a row failed ({reason}); the rows so far are in {out}")
         if shards:
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
-        folder.rows.put_in_order([sample.id for sample in samples])
+        rows_of(folder).put_in_order([sample.id for sample in samples])
         return _sum_up(folder, evaluation, settings, subject)
 
 
@@ -252,14 +244,14 @@ def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Samp
 
     Raises:
         TaskError: a task without a rubric, no key, no client library, or a key or model that the endpoint refuses.
-        EvaluationError: a run that is not finished, or whose answers another judge has marked.
+        RecordError: a run that is not finished, or whose answers another judge has marked.
     """
     rubric = evaluation.task.marked_by()
     record, summary = judge.to_dict(rubric), Folder(out).summary()
     with claim(out, summary["settings"]) as folder:
-        judged = folder.judged()
-        if judged and (differing := differences(judged["judge"], record)):
-            raise EvaluationError(
+        earlier = verdicts_of(folder)
+        if earlier and (differing := differences(earlier["judge"], record)):
+            raise RecordError(
                 f"{out} holds the marks of another judge: {'; '.join(differing)}. Copy the folder without {VERDICTS}, "
                 "and have the copy marked"
             )
@@ -283,7 +275,7 @@ def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Seq
 
 
 def _to_mark(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
-    rows = folder.rows.read()
+    rows = rows_of(folder).read()
     return [(sample, rows[sample.id].answer) for sample in samples if rows[sample.id].failure is None]
 
 
@@ -325,7 +317,7 @@ class Opened:
                 pictures = tuple(picture.open() for picture in sample.images)
                 opened.questions[sample.id] = Question(prompt, pictures)
             except Exception as error:  # whatever an image reader raises: this sample has failed
-                opened.failed[sample.id] = Row(sample, prompt, failure=_reason(error))
+                opened.failed[sample.id] = Row(sample, prompt, failure=typed_line(error))
         return opened
 
 
@@ -342,7 +334,7 @@ def answer(vlm: VLM, evaluation: Evaluation, opened: Opened, trace: Trace, prici
             rows |= {row.sample.id: row for row in answers}
         except Exception as error:  # too little memory, a processor that refuses: which sample, shows by itself
             if len(part) == 1:
-                rows[part[0].id] = Row(part[0], questions[0].text, failure=_reason(error))
+                rows[part[0].id] = Row(part[0], questions[0].text, failure=typed_line(error))
     return rows
 
 
@@ -417,7 +409,7 @@ class Pricing:
 def _sum_up(
     folder: OpenFolder, evaluation: Evaluation, settings: Mapping[str, Any], subject: Subject
 ) -> dict[str, Any]:
-    rows = folder.rows.read().values()
+    rows = rows_of(folder).read().values()
     good = [row for row in rows if row.failure is None]
     failed = {row.sample.id: row.failure for row in rows if row.failure is not None}
     counts = [_by_layer(row, subject.layers) for row in good]
@@ -437,7 +429,7 @@ def _sum_up(
 
 
 def _figures(folder: Folder, evaluation: Evaluation) -> dict[str, Any]:
-    outcomes, judged = folder.outcomes(), folder.judged()
+    outcomes, judged = outcomes_of(folder), verdicts_of(folder)
     metric = evaluation.task.metric(outcomes, evaluation.seed) if outcomes else None
     return {"metric": metric, "judge": judged and judged["judge"]}
 
@@ -466,8 +458,3 @@ def machine(vlm: VLM) -> dict[str, Any]:
     device = vlm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": str(device), "machine": name}
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().split("\n")
-    return f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__

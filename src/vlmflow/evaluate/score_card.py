@@ -17,11 +17,13 @@ import typer
 from PIL import Image
 from rich.progress import Progress
 
-from vlmflow.evaluate.folder import Folder, versions, write_json
+from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.evaluate.runner import Evaluation, run
 from vlmflow.models import VLM, load
 from vlmflow.pico import MODEL_DIR, checksum
 from vlmflow.pruners import Unpruned
+from vlmflow.records.files import versions, write_json
+from vlmflow.records.folder import Folder
 from vlmflow.tasks import TASKS, Outcome, Picture, Sample, Source, Task
 from vlmflow.tasks.pico import FIRST
 
@@ -94,7 +96,7 @@ def score(vlm: VLM, pictures: int, batch_size: int, work: Path) -> dict[str, dic
                 samples=samples,
                 progress=lambda done, _total, _row, bar=bar: progress.update(bar, completed=done),
             )
-            card.setdefault(title, {}).update(by_kind(task, Folder(folder).outcomes()))
+            card.setdefault(title, {}).update(by_kind(task, outcomes_of(Folder(folder))))
     return card
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vlmflow.evaluate.budgets import with_budget
-from vlmflow.evaluate.folder import EvaluationError, write_json, write_text
 from vlmflow.evaluate.runner import Evaluation, Progress, run
-from vlmflow.evaluate.tables import COSTS, Grid, Line, Result, budget_grid, group_grid, line, to_csv
+from vlmflow.evaluate.tables import COSTS, Line, Result, budget_grid, group_grid, line, table_of
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Unpruned
+from vlmflow.records.files import RecordError, write_json, write_text
+from vlmflow.records.table import Table
 from vlmflow.tasks import Sample
 
 BUDGETS = (
@@ -40,7 +41,7 @@ def plan(names: Sequence[str], budgets: Sequence[float], n_layers: int, preset: 
     """The cells of a sweep, the unpruned run first.
 
     Raises:
-        EvaluationError: no method but none, or no cell that can be run.
+        RecordError: no method but none, or no cell that can be run.
     """
     cells = [Cell("none", None, Unpruned())]
     for name in dict.fromkeys(names):
@@ -50,7 +51,7 @@ def plan(names: Sequence[str], budgets: Sequence[float], n_layers: int, preset: 
             except ValueError as error:
                 cells.append(Cell(name, budget, None, str(error)))
     if all(cell.pruner is None for cell in cells[1:]):
-        raise EvaluationError(cells[1].refusal if cells[1:] else "a sweep needs a method beside none, and a budget")
+        raise RecordError(cells[1].refusal if cells[1:] else "a sweep needs a method beside none, and a budget")
     return cells
 
 
@@ -69,7 +70,7 @@ def sweep(
     ``evaluation``'s pruner is replaced by each cell's. ``out`` gets ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
 
     Raises:
-        EvaluationError: a cell's folder holds another run.
+        RecordError: a cell's folder holds another run.
         ValueError: a pruner or model that do not fit (see ``attach``).
     """
     results: list[Result | None] = []
@@ -90,7 +91,7 @@ def sweep(
         for cell, result in zip(cells, results, strict=True)
     ]
     common = {name: value for name, value in baseline.settings.items() if not name.startswith("pruner")}
-    write_text(out / "sweep.csv", to_csv(lines))
+    write_text(out / "sweep.csv", table_of(lines).csv())
     write_json(out / "sweep.json", {"settings": common, "lines": [asdict(own) for own in lines]})
     by_group = [(cell.folder, result) for cell, result in zip(cells, results, strict=True) if result]
     parts = group_grid(by_group, f"{evaluation.task.title}: by part")
@@ -98,12 +99,12 @@ def sweep(
     return lines
 
 
-def sweep_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Grid:
+def sweep_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Table:
     """The table of a sweep; without ``wide`` as it fits a terminal."""
     return budget_grid(lines, f"{title}: every method at every budget", wide)
 
 
-def _markdown(lines: Sequence[Line], by_group: Grid | None, title: str, settings: dict[str, Any]) -> str:
+def _markdown(lines: Sequence[Line], by_group: Table | None, title: str, settings: dict[str, Any]) -> str:
     built_with = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     what = (
         f"Model {settings['model']} ({settings['dtype']}, weights {settings['weights'][:12]}), "

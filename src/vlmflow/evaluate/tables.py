@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmflow.evaluate.folder import SETTINGS, SUMMARY, EvaluationError, Folder, differences
+from vlmflow.evaluate.rows import outcomes_of
+from vlmflow.records.files import RecordError
+from vlmflow.records.folder import SETTINGS, SUMMARY, Folder, differences
+from vlmflow.records.table import Table
 from vlmflow.tasks import TASKS, Task
 
 COSTS = (
@@ -36,18 +37,18 @@ class Result:
         """A run's folder.
 
         Raises:
-            EvaluationError: it is not finished, or broken.
+            RecordError: it is not finished, or broken.
         """
         summary = Folder(path).summary()
         if not {"settings", "metric", "cost", "samples"} <= summary.keys():
-            raise EvaluationError(f"{path / SUMMARY} is no summary of an evaluation")
+            raise RecordError(f"{path / SUMMARY} is no summary of an evaluation")
         return cls(path, summary["settings"], summary)
 
     @property
     def task(self) -> Task:
         """The benchmark."""
         if self.settings["task"] not in TASKS:
-            raise EvaluationError(f"{self.path}: unknown task {self.settings['task']!r}")
+            raise RecordError(f"{self.path}: unknown task {self.settings['task']!r}")
         return TASKS[self.settings["task"]]
 
     @property
@@ -166,7 +167,7 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
 
 def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
     """`Task.compare` on the samples that both have answered, None where there is none."""
-    pair = [{own.sample.id: own for own in Folder(one.path).outcomes()} for one in (baseline, result)]
+    pair = [{own.sample.id: own for own in outcomes_of(Folder(one.path))} for one in (baseline, result)]
     both = [key for key in pair[0] if key in pair[1]]
     if not both:
         return None
@@ -174,32 +175,12 @@ def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
     return result.task.compare(first, second, result.settings["seed"])
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table of texts."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
-        return f"**{self.title}**\n\n{body}\n"
+def table_of(lines: Sequence[Line]) -> Table:
+    """Lines with all that is known of them, a column a field."""
+    return Table(list(Line.__dataclass_fields__), [list(vars(line).values()) for line in lines])
 
 
-def to_csv(lines: Iterable[Line]) -> str:
-    """Lines with a header."""
-    text = io.StringIO()
-    rows = [asdict(one) for one in lines]
-    writer = csv.DictWriter(text, list(Line.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Grid:
+def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Table:
     """Method by budget: the figure, what it lost, and what it cost by every convention; ``wide`` with all columns."""
     columns: dict[str, list[str]] = {}
     figure = next((own.figure for own in lines if own.figure), "figure")
@@ -223,12 +204,12 @@ def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Grid:
             columns.setdefault(name, []).append(cell)
     if not wide:
         columns = {name: cells for name, cells in columns.items() if name not in ("p", "a layer", "fields", "of them")}
-    return Grid(title, tuple(columns), tuple(zip(*columns.values(), strict=True)))
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), title)
 
 
-def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Grid | None:
+def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Table | None:
     """The figure of every part of a benchmark, a column a labelled run; None where the benchmark has no parts."""
-    columns = [one.task.parts(Folder(one.path).outcomes(), one.settings["seed"]) for _, one in results]
+    columns = [one.task.parts(outcomes_of(Folder(one.path)), one.settings["seed"]) for _, one in results]
     groups = list(dict.fromkeys(group for parts in columns for group in parts))
     if len(groups) < 2:
         return None
@@ -236,22 +217,22 @@ def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Grid | None
     for group in groups:
         found = [parts.get(group) for parts in columns]
         rows.append((group, *(_with_interval(part.value, part.low, part.high) if part else _MISSING for part in found)))
-    return Grid(title, ("", *(label for label, _ in results)), tuple(rows))
+    return Table(["", *(label for label, _ in results)], rows, title)
 
 
 def find_results(paths: Sequence[Path]) -> tuple[list[Result], dict[Path, str]]:
     """The finished runs in or below the folders, and the folders that are left out, with what they are.
 
     Raises:
-        EvaluationError: no such folder, or no run in it.
+        RecordError: no such folder, or no run in it.
     """
     found: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
-            raise EvaluationError(f"{path}: no such folder")
+            raise RecordError(f"{path}: no such folder")
         below = sorted(settings.parent for settings in path.rglob(SETTINGS))
         if not below:
-            raise EvaluationError(f"{path}: holds no results of vlmflow eval or sweep")
+            raise RecordError(f"{path}: holds no results of vlmflow eval or sweep")
         found |= dict.fromkeys(below)
     left_out: dict[Path, str] = {}
     for path in found:
@@ -266,7 +247,7 @@ def find_results(paths: Sequence[Path]) -> tuple[list[Result], dict[Path, str]]:
 class Report:
     """Tables in the paper's form, and every run as a line."""
 
-    grids: tuple[Grid, ...]
+    grids: tuple[Table, ...]
     lines: tuple[Line, ...]
     notes: tuple[str, ...]
 
@@ -286,10 +267,10 @@ def report(results: Sequence[Result]) -> Report:
     """Put runs into the form of the paper's Tables 1 and 2: models by methods, a column a task.
 
     Raises:
-        EvaluationError: two runs of one model, method and task, or none at all.
+        RecordError: two runs of one model, method and task, or none at all.
     """
     if not results:
-        raise EvaluationError("no finished run of vlmflow eval or sweep to report")
+        raise RecordError("no finished run of vlmflow eval or sweep to report")
     cells: dict[tuple[str, str, str], Result] = {}
     labels = _labels(results)
     for one in results:
@@ -297,7 +278,7 @@ def report(results: Sequence[Result]) -> Report:
         if key in cells:
             other = cells[key]
             why = one.not_comparable(other) or ["nothing else differs"]
-            raise EvaluationError(
+            raise RecordError(
                 f"{other.path} and {one.path} are both {key[1]} of {key[0]} on {key[2]} ({why[0]}); report them apart"
             )
         cells[key] = one
@@ -329,7 +310,7 @@ def _labels(results: Sequence[Result]) -> dict[Path, str]:
     }
 
 
-def _scores(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
+def _scores(lines: dict[tuple[str, str, str], Line], title: str) -> Table:
     tasks = list(dict.fromkeys(task for _, _, task in lines))
     methods = _methods(lines)
     costs = {key: _costs([own for (*row, _), own in lines.items() if tuple(row) == key]) for key in methods}
@@ -351,7 +332,7 @@ def _scores(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
             fair = not any(one.note for one in column.values())
             cells.append(f"**{text}**" if own and fair and own.value is not None and own.value == best else text)
         rows.append(tuple(cells))
-    return Grid(title, header, tuple(rows))
+    return Table(header, rows, title)
 
 
 def _head(lines: dict[tuple[str, str, str], Line], task: str) -> str:
@@ -359,7 +340,7 @@ def _head(lines: dict[tuple[str, str, str], Line], task: str) -> str:
     return f"{task} ({figure})" if figure else task
 
 
-def _losses(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
+def _losses(lines: dict[tuple[str, str, str], Line], title: str) -> Table:
     """Differences to the unpruned run."""
     tasks = list(dict.fromkeys(task for _, _, task in lines))
     rows = []
@@ -373,7 +354,7 @@ def _losses(lines: dict[tuple[str, str, str], Line], title: str) -> Grid:
                 for one in own
             ]
             rows.append((model, method, *cells))
-    return Grid(f"{title}: differences to the unpruned run", ("model", "method", *tasks), tuple(rows))
+    return Table(("model", "method", *tasks), rows, f"{title}: differences to the unpruned run")
 
 
 def _methods(lines: dict[tuple[str, str, str], Line]) -> list[tuple[str, str]]:

@@ -16,10 +16,11 @@ from vlmflow.core.statistics import Resampled, clusters_of, log_ratio
 from vlmflow.engine import attach
 from vlmflow.experiments.rows import Finding
 from vlmflow.experiments.runner import Asked
-from vlmflow.experiments.verdict import Claim, halves, named_layers, numbers, record, shown, span, table, told
+from vlmflow.experiments.verdict import Claim, halves, named_layers, numbers, record, shown, span, told
 from vlmflow.flow.consistency import label_consistency, score_consistency
 from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.models import VLM
+from vlmflow.records.table import Table
 
 Layers = tuple[int, ...]
 Condition = tuple[str, Layers]  # a path of PATHS, and where it is blocked
@@ -88,27 +89,27 @@ class ByWindow:
         conditions, windows, both_ends = self.conditions(n_layers), self.windows(n_layers), ends(n_layers)
         values = np.stack([_columns(finding, conditions) for finding in findings])
         means = Resampled.means(values, clusters_of([finding.images for finding in findings]), seed)
-        table = _Table(conditions)
+        columns = _Columns(conditions)
         return {
             "consistency": {
                 measure: {
-                    path: [numbers(means.interval(partial(table.left, n, path, end))) for end in both_ends]
+                    path: [numbers(means.interval(partial(columns.left, n, path, end))) for end in both_ends]
                     for path in (_VT, _RANDOM)
                 }
                 for n, measure in enumerate(MEASURES)
             },
             "lost": {
                 measure: {
-                    path: [numbers(means.interval(partial(table.lost, n, path, [own]))) for own in windows]
+                    path: [numbers(means.interval(partial(columns.lost, n, path, [own]))) for own in windows]
                     for path in (_VT, _VV)
                 }
                 for n, measure in enumerate(MEASURES)
             },
             "log_vv_vt": {
-                measure: [numbers(means.interval(partial(table.ratio, n, [own]))) for own in windows]
+                measure: [numbers(means.interval(partial(columns.ratio, n, [own]))) for own in windows]
                 for n, measure in enumerate(MEASURES)
             },
-            "hypotheses": record(_claims(means, table, windows, n_layers)),
+            "hypotheses": record(_claims(means, columns, windows, n_layers)),
         }
 
     def verdict(self, summary: Mapping[str, Any]) -> str:
@@ -137,9 +138,9 @@ class ByWindow:
             "## What is left when a flow is blocked\n\n"
             "score: Jaccard similarity of the five likeliest next tokens; label: the likeliest stays; right: the "
             f"likeliest begins the right answer, which without a disturbance it does for {shown(summary['right'])}.\n\n"
-            + table(["measure", "flow", first, last], left),
+            + Table(["measure", "flow", first, last], left).markdown().rstrip(),
             "## By window\n\nE is what is lost, D = log(E_vv / E_vt).\n\n"
-            + table([*header, *(f"D ({measure})" for measure in MEASURES)], by_window),
+            + Table([*header, *(f"D ({measure})" for measure in MEASURES)], by_window).markdown().rstrip(),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -171,7 +172,7 @@ def _columns(finding: Finding, conditions: Sequence[Condition]) -> np.ndarray:
     return np.array([[whole[measure], *(own[measure] for own in blocked)] for measure in MEASURES])
 
 
-class _Table:
+class _Columns:
     """Statistics of means (..., measure, column), whose columns are ``_columns``."""
 
     def __init__(self, conditions: Sequence[Condition]) -> None:
@@ -191,7 +192,7 @@ class _Table:
         return log_ratio(*(self.lost(measure, path, windows, means) for path in (_VV, _VT)))
 
 
-def _claims(means: Resampled, table: _Table, windows: Sequence[Layers], n_layers: int) -> dict[str, list[Claim]]:
+def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_layers: int) -> dict[str, list[Claim]]:
     """The hypotheses by score consistency, the measure of appendix D.
 
     Nothing reads the image tokens of the last layer: a window of that layer alone says nothing of intra-visual flow.
@@ -201,10 +202,10 @@ def _claims(means: Resampled, table: _Table, windows: Sequence[Layers], n_layers
     deep = [window for window in deep if window != (n_layers - 1,)]
 
     def left(path: str, layers: Layers) -> Statistic:
-        return partial(table.left, _SCORE, path, layers)
+        return partial(columns.left, _SCORE, path, layers)
 
     def ratio(where: Sequence[Layers]) -> Statistic:
-        return partial(table.ratio, _SCORE, where)
+        return partial(columns.ratio, _SCORE, where)
 
     def claim(text: str, more: Statistic, less: Statistic) -> Claim:
         return Claim(text, means.interval(lambda m: more(m) - less(m)))

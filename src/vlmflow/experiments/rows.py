@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmflow.evaluate.folder import ROWS, RowFile
+from vlmflow.records.folder import ROWS, RowFile
 
 
 @dataclass(frozen=True)

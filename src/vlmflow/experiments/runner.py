@@ -15,10 +15,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vlmflow.core.errors import typed_line
 from vlmflow.core.layout import SEGMENTS, Layout
 from vlmflow.core.statistics import Resampled, clusters_of
 from vlmflow.engine import attach
-from vlmflow.evaluate.folder import SUMMARY, EvaluationError, Row, claim, write_json, write_text
+from vlmflow.evaluate.rows import Row
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
 from vlmflow.evaluate.score_card import GREY
 from vlmflow.experiments.rows import Finding, findings_of
@@ -26,6 +27,8 @@ from vlmflow.experiments.verdict import numbers
 from vlmflow.flow.answer import likeliest, spellings
 from vlmflow.models import VLM, Question
 from vlmflow.pruners import Unpruned
+from vlmflow.records.files import RecordError, write_json, write_text
+from vlmflow.records.folder import SUMMARY, claim
 from vlmflow.tasks import Sample, Source, Task
 
 VERDICT = "verdict.md"
@@ -88,15 +91,15 @@ class Study:
 
         Raises:
             TaskError: what is wrong with the source.
-            EvaluationError: a sample without an image, or without one right answer.
+            RecordError: a sample without an image, or without one right answer.
         """
         samples = self.task.samples(self.source, self.limit)
         for sample in samples:
             place = sample.origin or sample.id
             if not sample.images:
-                raise EvaluationError(f"{place}: no image, from which information could flow; leave the sample out")
+                raise RecordError(f"{place}: no image, from which information could flow; leave the sample out")
             if not sample.answer.strip() or self.task.score(None, sample) is None:
-                raise EvaluationError(
+                raise RecordError(
                     f"{place}: no answer that is right or wrong, whose first token could be looked at; leave the "
                     "sample out, or take another task"
                 )
@@ -125,7 +128,7 @@ def run(
 
     Raises:
         TaskError: what is wrong with the source.
-        EvaluationError: a sample without image or answer; the folder holds another run; all samples, or too many in a
+        RecordError: a sample without image or answer; the folder holds another run; all samples, or too many in a
             row, have failed; or none is left. Rows stay.
         ValueError: settings that do not fit the model.
     """
@@ -147,9 +150,7 @@ def run(
             done, bad = done + 1, 0 if finding.failure is None else bad + 1
             progress(done, len(samples), Row(sample, study.task.prompt(sample), failure=finding.failure))
             if bad in (FAILURES_IN_A_ROW, len(samples)):
-                raise EvaluationError(
-                    f"{bad} samples in a row failed ({finding.failure}); the rows so far are in {out}"
-                )
+                raise RecordError(f"{bad} samples in a row failed ({finding.failure}); the rows so far are in {out}")
         if len(known) < len(samples):
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
         findings = rows.put_in_order([sample.id for sample in samples])
@@ -188,7 +189,7 @@ def examine(vlm: VLM, study: Study, sample: Sample) -> Finding:
             found=study.experiment.look(vlm, asked, study.seed),
         )
     except Exception as error:  # a broken image, too little memory, a token outside the vocabulary: one sample's loss
-        return Finding(sample.id, names, failure=f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}")
+        return Finding(sample.id, names, failure=typed_line(error))
 
 
 @torch.no_grad()
@@ -213,14 +214,14 @@ def sum_up(study: Study, findings: Sequence[Finding], settings: Mapping[str, Any
     """The rows together.
 
     Raises:
-        EvaluationError: none is left.
+        RecordError: none is left.
     """
     kept = [finding for finding in findings if finding.kept]
     dropped = sum(finding.dropped for finding in findings)
     failed = {finding.id: finding.failure for finding in findings if finding.failure is not None}
     if not kept:
         reason = f" ({next(iter(failed.values()))})" if failed else ""
-        raise EvaluationError(
+        raise RecordError(
             f"no sample is left: {dropped} of {len(findings)} were answered right about a blank picture as well, "
             f"{len(failed)} failed{reason}; take more samples, or others"
         )

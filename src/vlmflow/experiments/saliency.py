@@ -20,11 +20,11 @@ from vlmflow.experiments.verdict import (
     record,
     shown,
     span,
-    table,
     told,
 )
 from vlmflow.flow.saliency import saliency
 from vlmflow.models import VLM
+from vlmflow.records.table import Table
 
 MEASURES = ("s_sys", "s_img", "s_ins", "s_vv", "s_vt")
 _IMG, _INS, _VV, _VT, _ALL_IMG, _ALL_INS = 1, 2, 3, 4, 5, 6  # of MEASURES, then two sums over tokens
@@ -125,7 +125,7 @@ class ByLayer:
                     f"(S_img / S_ins over these layers); that of all image tokens together is "
                     f"{shown(share['together'], '.1%')} of the instruction's.",
                     *hypotheses,
-                    "## By layer\n\n" + table(["layer", *MEASURES, "log(S_vt / S_vv)"], rows),
+                    "## By layer\n\n" + Table(["layer", *MEASURES, "log(S_vt / S_vv)"], rows).markdown().rstrip(),
                 ]
             )
             + "\n"

@@ -80,11 +80,6 @@ def shown(interval: Mapping[str, Any], form: str = ".3g") -> str:
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
 def told(summary: Mapping[str, Any]) -> list[str]:
     """The paragraphs that every verdict begins with, and those on the hypotheses."""
     settings, counts = summary["settings"], summary["samples"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlmflow.evaluate.folder import Row as ResultRow
+from vlmflow.evaluate.rows import Row
 from vlmflow.tasks import TASKS, Picture, Sample, Task, aokvqa, flickr30k, nocaps, pope, scienceqa
-from vlmflow.tasks.files import Row
+from vlmflow.tasks.files import Record
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Bridge:
     """A task for lmms-eval; ``read`` makes a sample of a row of its hub data set, ``figures`` are what is printed."""
 
     task: Task
-    read: Callable[[Row], Sample]
+    read: Callable[[Record], Sample]
     figures: tuple[str, ...] = ("accuracy", "unparsed")
 
     def sample(self, doc: Mapping[str, Any]) -> Sample:
         """Of a document, which comes without its image where only the answer counts."""
         known = {name: value for name, value in doc.items() if name != "image"}
-        return self.read(Row(self.task.name, {"row": 0, **known}, Picture("image", lambda: doc["image"])))
+        return self.read(Record(self.task.name, {"row": 0, **known}, Picture("image", lambda: doc["image"])))
 
     def images(self, doc: Mapping[str, Any]) -> list[Image.Image]:
         """``doc_to_visual``."""
@@ -43,12 +43,12 @@ class Bridge:
     def results(self, doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
         """``process_results``: the answer's record, once for every figure, as each is made of all records."""
         outcome = self.task.outcome(self.sample(doc), answers[0])
-        row = ResultRow(outcome.sample, self.text(doc), outcome.answer, outcome.parsed, outcome.score)
+        row = Row(outcome.sample, self.text(doc), outcome.answer, outcome.parsed, outcome.score)
         return dict.fromkeys(self.figures, row.to_dict())
 
     def measure(self, name: str, records: Sequence[Mapping[str, Any]]) -> float:
         """``aggregation``: a figure as vlmflow's own runner gives it."""
-        outcomes = [ResultRow.from_dict(record).outcome() for record in records]
+        outcomes = [Row.from_dict(record).outcome() for record in records]
         figure = self.task.measure(outcomes)
         value = figure.scale * float(figure.numerator.sum() / figure.denominator.sum())
         unparsed = sum(outcome.parsed is None for outcome in outcomes)

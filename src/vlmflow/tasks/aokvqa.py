@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES
 from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, accuracy, options, right
-from vlmflow.tasks.files import Row, find_file, read_hub, read_list, read_tsv, tsv_choices, tsv_letter
+from vlmflow.tasks.files import Record, find_file, read_hub, read_list, read_tsv, tsv_choices, tsv_letter
 
 HUB = Hub("HuggingFaceM4/A-OKVQA", "HuggingFaceM4/A-OKVQA", split="validation")
 
@@ -34,10 +34,10 @@ def load(source: Source) -> Iterator[Sample]:
     for row in read_list(path):
         folders = [above, above / f"{row.text('split')}2017"]
         picture = row.image_in(folders, f"{row.number('image_id'):012}.jpg")
-        yield from_hub(Row(row.origin, row.fields, picture))
+        yield from_hub(Record(row.origin, row.fields, picture))
 
 
-def from_hub(row: Row) -> Sample:
+def from_hub(row: Record) -> Sample:
     """A row of the hub's data set, or of the official file."""
     choices = row.choices()
     if row.fields.get("correct_choice_idx") is None:
@@ -45,7 +45,7 @@ def from_hub(row: Row) -> Sample:
     return _sample(row, row.text("question_id"), choices, row.letter("correct_choice_idx", len(choices)))
 
 
-def _sample(row: Row, key: str, choices: tuple[str, ...], answer: str) -> Sample:
+def _sample(row: Record, key: str, choices: tuple[str, ...], answer: str) -> Sample:
     question = row.text("question")
     return Sample(key, (row.image(),), question, choices=choices, answer=answer, origin=row.origin)
 

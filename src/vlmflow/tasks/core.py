@@ -190,6 +190,7 @@ class Task:
 
         Raises:
             TaskError: what is wrong with the source, by file and row; also two samples of one id, or no sample.
+            RecordError: a file that cannot be read, or is broken.
         """
         seen: dict[str, str] = {}
         samples: list[Sample] = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +13,13 @@ from typing import Any, cast
 
 from PIL import Image
 
+from vlmflow.core.errors import typed_line
+from vlmflow.records.files import parse_json, read_text
 from vlmflow.tasks.core import LETTERS, Hub, Picture, Source, TaskError
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One record and its place, so that an error can name both; ``picture`` where the record itself holds one."""
 
     origin: str
@@ -64,12 +64,12 @@ class Row:
             raise TaskError(f"{self.origin}: {name!r} is {index}, but there are {n_choices} choices")
         return LETTERS[index]
 
-    def rows(self, name: str) -> list[Row]:
+    def rows(self, name: str) -> list[Record]:
         """A list of records inside this one."""
         value = self._value(name, None)
         if not isinstance(value, list) or not all(isinstance(fields, dict) for fields in value):
             raise TaskError(f"{self.origin}: {name!r} must be a list of objects, got {value!r:.80}")
-        return [Row(f"{self.origin}, {name}[{i}]", fields) for i, fields in enumerate(value)]
+        return [Record(f"{self.origin}, {name}[{i}]", fields) for i, fields in enumerate(value)]
 
     def image(self) -> Picture:
         """The record's own image."""
@@ -118,63 +118,41 @@ def find_file(path: Path, *names: str) -> Path:
     raise TaskError(f"{path}: holds none of {', '.join(names)}")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        TaskError: it cannot be read, with line and column where it is broken, or an object in it has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        if twice := [key for key, count in counts.items() if count > 1]:
-            raise TaskError(f"{path}: holds {twice[0]!r} twice in one object; leave one of the two")
-        return dict(pairs)
-
-    try:
-        return json.loads(_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from None
-
-
-def read_table(path: Path) -> Iterator[Row]:
+def read_table(path: Path) -> Iterator[Record]:
     """The records of a JSON file that is an object of objects; their keys become the field ``key``."""
-    table = read_json(path)
+    table = parse_json(read_text(path), path)
     if not isinstance(table, dict):
         raise TaskError(f"{path}: must be an object of objects by id, got a {type(table).__name__}")
     for key, fields in table.items():
         if not isinstance(fields, dict):
             raise TaskError(f"{path}, {key!r}: must be an object, got {fields!r:.80}")
-        yield Row(f"{path}, {key!r}", {**fields, "key": key})
+        yield Record(f"{path}, {key!r}", {**fields, "key": key})
 
 
-def read_list(path: Path) -> Iterator[Row]:
+def read_list(path: Path) -> Iterator[Record]:
     """The records of a JSON file that is a list of objects."""
-    yield from Row(str(path), {"list": read_json(path)}).rows("list")
+    yield from Record(str(path), {"list": parse_json(read_text(path), path)}).rows("list")
 
 
-def read_lines(path: Path) -> Iterator[Row]:
+def read_lines(path: Path) -> Iterator[Record]:
     """The records of a file with one JSON object a line; empty lines do not count."""
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         origin = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{origin}, column {error.colno}: broken JSON ({error.msg})") from None
+        fields = parse_json(line, path, number)
         if not isinstance(fields, dict):
             raise TaskError(f"{origin}: must be a JSON object, got {fields!r:.80}")
-        yield Row(origin, fields)
+        yield Record(origin, fields)
 
 
-def by_key(rows: Iterable[Row], name: str) -> dict[str, Row]:
+def by_key(rows: Iterable[Record], name: str) -> dict[str, Record]:
     """Records by the text of a field that tells them apart.
 
     Raises:
         TaskError: two have the same.
     """
-    found: dict[str, Row] = {}
+    found: dict[str, Record] = {}
     for row in rows:
         key = row.text(name)
         if key in found:
@@ -183,7 +161,7 @@ def by_key(rows: Iterable[Row], name: str) -> dict[str, Row]:
     return found
 
 
-def read_tsv(path: Path) -> Iterator[Row]:
+def read_tsv(path: Path) -> Iterator[Record]:
     """The records of a VLMEvalKit TSV; empty cells are missing.
 
     ``image`` holds an image in base 64, or the ``index`` of the row that holds it, or a list of images written
@@ -216,10 +194,10 @@ def read_tsv(path: Path) -> Iterator[Row]:
         if key in images and key not in decoded:
             decoded[key] = _from_base64(images[key], origin)
         picture = Picture(f"{path.name}:{key}", decoded[key]) if key in decoded else None
-        yield Row(origin, {name: cell for name, cell in fields.items() if name != "image"}, picture)
+        yield Record(origin, {name: cell for name, cell in fields.items() if name != "image"}, picture)
 
 
-def tsv_choices(row: Row) -> tuple[str, ...]:
+def tsv_choices(row: Record) -> tuple[str, ...]:
     """The options of a VLMEvalKit multiple-choice row: its columns A, B, C and so on until one is empty."""
     choices: list[str] = []
     for letter in LETTERS:
@@ -231,7 +209,7 @@ def tsv_choices(row: Row) -> tuple[str, ...]:
     return tuple(choices)
 
 
-def tsv_letter(row: Row, choices: Sequence[str]) -> str:
+def tsv_letter(row: Record, choices: Sequence[str]) -> str:
     """The letter that a VLMEvalKit multiple-choice row has as its answer."""
     letter = row.text("answer").strip().upper()
     if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
@@ -239,7 +217,7 @@ def tsv_letter(row: Row, choices: Sequence[str]) -> str:
     return letter
 
 
-def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterator[Row]:
+def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterator[Record]:
     """The records of a data set on the hub, without their images, which are opened when needed.
 
     ``image_name`` is the column that tells images apart; without it every row has its own.
@@ -257,8 +235,7 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
         table = datasets.load_dataset(found.new, found.config, split=found.split, revision=source.revision)
     except Exception as error:  # the hub client raises what it likes: network, id, configuration, file format
         raise TaskError(
-            f"{name}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "without a network, give a local copy"
+            f"{name}: cannot be loaded ({typed_line(error)}); without a network, give a local copy"
         ) from error
     if not isinstance(table, datasets.Dataset):
         raise TaskError(f"{name}: split must name one split")
@@ -271,7 +248,7 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
         if images.data.column("image")[number].is_valid:
             own = str(fields[image_name]) if image_name and image_name in fields else f"row {number}"
             picture = Picture(own, partial(_hub_image, images, number))
-        yield Row(f"{name}, row {number}", {**fields, "row": number}, picture)
+        yield Record(f"{name}, row {number}", {**fields, "row": number}, picture)
 
 
 def _hub_image(images: Any, number: int) -> Image.Image:
@@ -286,12 +263,3 @@ def _from_base64(text: str, origin: str) -> bytes:
         return base64.b64decode(first, validate=True)
     except binascii.Error:
         raise TaskError(f"{origin}: 'image' is not base 64") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return existing(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: is not UTF-8 ({error.reason})") from None
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be read ({error.strerror})") from None

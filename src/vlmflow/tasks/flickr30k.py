@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vlmflow.records.files import read_json
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.captions import caption_prompt, cider
-from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Row, find_file, read_hub, read_json
+from vlmflow.tasks.core import Hub, Sample, Source, Task, unscored
+from vlmflow.tasks.files import Record, find_file, read_hub
 
 HUB = Hub("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k", split="test")
 
@@ -28,11 +29,8 @@ def load(source: Source) -> Iterator[Sample]:
             yield from_hub(row)
         return
     path = find_file(source.path, "dataset_flickr30k.json")
-    whole = read_json(path)
-    if not isinstance(whole, dict):
-        raise TaskError(f"{path}: must be an object with 'images'")
     above, split = source.images or path.parent, source.split or "test"
-    for row in Row(str(path), whole).rows("images"):
+    for row in Record(str(path), read_json(path)).rows("images"):
         if split in ("all", row.text("split")):
             name = row.text("filename")
             yield Sample(
@@ -43,7 +41,7 @@ def load(source: Source) -> Iterator[Sample]:
             )
 
 
-def from_hub(row: Row) -> Sample:
+def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
     return Sample(row.text("img_id"), (row.image(),), references=row.texts("caption"), origin=row.origin)
 

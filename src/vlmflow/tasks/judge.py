@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from vlmflow.records.files import write_text
 from vlmflow.tasks.core import Rubric, Sample, TaskError
 
 LONGEST_PAUSE = 60.0  # seconds
@@ -98,7 +98,7 @@ class Judge:
             json.dumps({"sample": sample.id, **self._request(rubric, sample, answer, 0)}, ensure_ascii=False)
             for sample, answer in answers
         ]
-        _write(file, "".join(line + "\n" for line in lines))
+        write_text(file, "".join(line + "\n" for line in lines))
         return len(lines)
 
     def to_dict(self, rubric: Rubric) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class _Asker:
     def _keep(self, request: dict[str, Any], attempt: int, kept: dict[str, Any]) -> None:
         if path := self._path(request, attempt):
             record = {**kept, "rubric": self.rubric.name, "endpoint": self.judge._endpoint(), "request": request}
-            _write(path, json.dumps(record, ensure_ascii=False, indent=1))
+            write_text(path, json.dumps(record, ensure_ascii=False, indent=1))
 
 
 def _library() -> Any:
@@ -271,11 +271,3 @@ def _from_status(error: Any, judge: Judge) -> _RefusedError | TaskError:
     with suppress(ValueError):
         wait = float(error.response.headers.get("retry-after", ""))
     return _RefusedError(said, again=status in (408, 409, 429) or status >= 500, wait=wait)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.core import Figure, Hub, Outcome, Rubric, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Row, by_key, find_file, read_hub, read_lines, read_tsv
+from vlmflow.tasks.files import Record, by_key, find_file, read_hub, read_lines, read_tsv
 
 HUB = Hub("lmms-lab-encoder/llava-bench-in-the-wild", "lmms-lab/llava-bench-in-the-wild", split="train")
 CATEGORIES = ("conv", "detail", "complex")
@@ -56,11 +56,11 @@ def load(source: Source) -> Iterator[Sample]:
             missing = "context.jsonl" if key in answers else "answers_gpt4.jsonl"
             raise TaskError(f"{row.origin}: question {key} (image {name}) has no entry in {missing}")
         whole = {**row.fields, "gpt_answer": answers[key].text("text")}
-        found = Row(row.origin, whole, row.image_in([folder], name))
+        found = Record(row.origin, whole, row.image_in([folder], name))
         yield _sample(found, key, row.text("text"), contexts[name].texts("caption"), "gpt_answer")
 
 
-def _sample(row: Row, key: str, question: str, context: Sequence[str], reference: str) -> Sample:
+def _sample(row: Record, key: str, question: str, context: Sequence[str], reference: str) -> Sample:
     category = row.text("category")
     if category not in CATEGORIES:
         raise TaskError(f"{row.origin}: 'category' must be one of {', '.join(CATEGORIES)}, got {category!r:.40}")

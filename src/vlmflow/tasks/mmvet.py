@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.core import Figure, Hub, Outcome, Rubric, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Row, find_file, read_hub, read_table, read_tsv
+from vlmflow.tasks.files import Record, find_file, read_hub, read_table, read_tsv
 
 HUB = Hub("lmms-lab-encoder/MMVet", "lmms-lab/MMVet", split="test")
 ABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -63,10 +63,10 @@ def load(source: Source) -> Iterator[Sample]:
     folder = source.images or path.parent / "images"
     for row in read_table(path):
         picture = row.image_in([folder], row.text("imagename"))
-        yield _sample(Row(row.origin, row.fields, picture), row.text("key"), row.texts("capability"))
+        yield _sample(Record(row.origin, row.fields, picture), row.text("key"), row.texts("capability"))
 
 
-def _sample(row: Row, key: str, abilities: Sequence[str]) -> Sample:
+def _sample(row: Record, key: str, abilities: Sequence[str]) -> Sample:
     named = [ability.strip() for ability in abilities]
     if unknown := [ability for ability in named if ability not in ABILITIES]:
         raise TaskError(f"{row.origin}: abilities must be of {', '.join(ABILITIES)}, got {unknown[0]!r}")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vlmflow.records.files import read_json
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.captions import caption_prompt, cider
 from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Row, find_file, read_hub, read_json
+from vlmflow.tasks.files import Record, find_file, read_hub
 
 HUB = Hub("lmms-lab-encoder/NoCaps", "lmms-lab/NoCaps", split="validation")
 
@@ -25,10 +26,7 @@ def load(source: Source) -> Iterator[Sample]:
             yield from_hub(row)
         return
     path = find_file(source.path, "nocaps_val_4500_captions.json")
-    whole = read_json(path)
-    if not isinstance(whole, dict):
-        raise TaskError(f"{path}: must be an object with 'images' and 'annotations'")
-    file = Row(str(path), whole)
+    file = Record(str(path), read_json(path))
     captions: dict[str, list[str]] = {}
     for row in file.rows("annotations"):
         captions.setdefault(row.text("image_id"), []).append(row.text("caption"))
@@ -46,7 +44,7 @@ def load(source: Source) -> Iterator[Sample]:
         )
 
 
-def from_hub(row: Row) -> Sample:
+def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
     said = row.texts("annotations_captions")
     return Sample(row.text("image_id"), (row.image(),), references=said, origin=row.origin)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlmflow.tasks.answers import YES_NO_RULES
 from vlmflow.tasks.core import Figure, Hub, Outcome, Sample, Source, Task, TaskError, right
-from vlmflow.tasks.files import Row, existing, read_hub, read_lines, read_tsv
+from vlmflow.tasks.files import Record, existing, read_hub, read_lines, read_tsv
 
 HUB = Hub("lmms-lab-encoder/POPE", "lmms-lab/POPE", split="test")
 SPLITS = ("random", "popular", "adversarial")
@@ -48,17 +48,17 @@ def load(source: Source) -> Iterator[Sample]:
     for path, group in files:
         for row in read_lines(path):
             picture = row.image_in([above, above / "val2014"], row.text("image"))
-            found = Row(row.origin, row.fields, picture)
+            found = Record(row.origin, row.fields, picture)
             yield _sample(found, f"{group}/{row.text('question_id')}", "text", "label", group)
 
 
-def from_hub(row: Row) -> Sample:
+def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
     group = row.text("category")
     return _sample(row, f"{group}/{row.text('row')}", "question", "answer", group)
 
 
-def _sample(row: Row, key: str, question: str, answer: str, group: str) -> Sample:
+def _sample(row: Record, key: str, question: str, answer: str, group: str) -> Sample:
     label = row.text(answer).strip().lower()
     if label not in ("yes", "no"):
         raise TaskError(f"{row.origin}: {answer!r} must be yes or no, got {label!r:.40}")

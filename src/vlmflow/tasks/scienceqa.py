@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES
 from vlmflow.tasks.core import LETTERS, Hub, Sample, Source, Task, TaskError, accuracy, options, right
-from vlmflow.tasks.files import Row, find_file, read_hub, read_list, read_table, read_tsv, tsv_choices, tsv_letter
+from vlmflow.tasks.files import Record, find_file, read_hub, read_list, read_table, read_tsv, tsv_choices, tsv_letter
 
 HUB = Hub("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA", split="test", config="ScienceQA-IMG")
 
@@ -40,21 +40,21 @@ def load(source: Source) -> Iterator[Sample]:
             if row.text("split") == split and (name := row.text("image", "")):
                 choices, key = row.choices(), row.text("key")
                 picture = row.image_in([folder / key for folder in folders], name)
-                found = Row(row.origin, row.fields, picture)
+                found = Record(row.origin, row.fields, picture)
                 yield _sample(found, key, choices, row.letter("answer", len(choices)))
         return
     for row in read_list(path):
         picture = row.image_in(folders, row.text("image"))
-        yield _from_conversation(Row(row.origin, row.fields, picture))
+        yield _from_conversation(Record(row.origin, row.fields, picture))
 
 
-def from_hub(row: Row) -> Sample:
+def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
     choices = row.choices()
     return _sample(row, row.text("row"), choices, row.letter("answer", len(choices)))
 
 
-def _sample(row: Row, key: str, choices: tuple[str, ...], answer: str) -> Sample:
+def _sample(row: Record, key: str, choices: tuple[str, ...], answer: str) -> Sample:
     picture = row.image()
     return Sample(
         id=key,
@@ -67,7 +67,7 @@ def _sample(row: Row, key: str, choices: tuple[str, ...], answer: str) -> Sample
     )
 
 
-def _from_conversation(row: Row) -> Sample:
+def _from_conversation(row: Record) -> Sample:
     """A record of the paper's file: "<image>", the context if there is one, the question, one line a choice.
 
     The question is the line before the choices; what stands between "Context: " and it is the context.

@@ -1,0 +1,100 @@
+"""An evaluation's rows: what became of each sample, and the answers that a task's figure is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmflow.records.files import read_json
+from vlmflow.records.folder import ROWS, VERDICTS, Folder, RowFile
+from vlmflow.tasks.core import Outcome, Picture, Sample
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one sample.
+
+    ``image_tokens`` gives, by layer, how many image tokens went on from there; ``tokens`` the prompt's tokens, of which
+    ``question_tokens`` follow the last image; ``cost`` the pruned prefill's figures, and their shares of the unpruned
+    one's, None for a model whose widths are not known. ``failure`` says why there is no answer.
+    """
+
+    sample: Sample
+    prompt: str
+    answer: str = ""
+    parsed: str | None = None
+    score: float | None = None
+    answer_tokens: int = 0
+    tokens: int = 0
+    question_tokens: int = 0
+    image_tokens: Mapping[int, int] | None = None
+    cost: Mapping[str, Any] | None = None
+    failure: str | None = None
+
+    def outcome(self, verdict: tuple[float, ...] | None = None) -> Outcome:
+        """What the task's figure is made from."""
+        return Outcome(self.sample, self.answer, self.parsed, self.score, verdict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in JSON's own types, with what of the sample the figures need."""
+        sample = self.sample
+        held = {
+            "images": [picture.name for picture in sample.images],
+            "choices": list(sample.choices),
+            "right": sample.answer,
+            "references": list(sample.references),
+            "group": sample.group,
+        }
+        kept = {name: value for name, value in held.items() if value}
+        if self.failure is not None:
+            return {"id": sample.id, "prompt": self.prompt, "failed": self.failure, "sample": kept}
+        return {
+            "id": sample.id,
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "parsed": self.parsed,
+            "score": self.score,
+            "answer_tokens": self.answer_tokens,
+            "tokens": self.tokens,
+            "question_tokens": self.question_tokens,
+            "image_tokens": {str(layer): count for layer, count in (self.image_tokens or {}).items()},
+            "cost": self.cost,
+            "sample": kept,
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Row:
+        """The row that ``to_dict`` wrote."""
+        held = record["sample"]
+        sample = Sample(
+            id=record["id"],
+            images=tuple(Picture(name, b"") for name in held.get("images", ())),
+            choices=tuple(held.get("choices", ())),
+            answer=held.get("right", ""),
+            references=tuple(held.get("references", ())),
+            group=held.get("group", ""),
+        )
+        if "failed" in record:
+            return cls(sample, record["prompt"], failure=record["failed"])
+        plain = ("prompt", "answer", "parsed", "score", "answer_tokens", "tokens", "question_tokens", "cost")
+        layers = {int(layer): count for layer, count in record["image_tokens"].items()}
+        return cls(sample, image_tokens=layers, **{name: record[name] for name in plain})
+
+
+def rows_of(folder: Folder) -> RowFile[Row]:
+    """An evaluation's rows."""
+    return RowFile(folder.path / ROWS, Row.to_dict, Row.from_dict)
+
+
+def verdicts_of(folder: Folder) -> dict[str, Any] | None:
+    """The judge and its verdicts, None where no judge has marked the answers."""
+    path = folder.path / VERDICTS
+    return read_json(path) if path.is_file() else None
+
+
+def outcomes_of(folder: Folder) -> list[Outcome]:
+    """The answers with their scores and marks; samples that failed are left out."""
+    verdicts = (verdicts_of(folder) or {"verdicts": {}})["verdicts"]
+    marks = {key: tuple(verdict["marks"]) for key, verdict in verdicts.items() if verdict["marks"] is not None}
+    return [row.outcome(marks.get(key)) for key, row in rows_of(folder).read().items() if row.failure is None]

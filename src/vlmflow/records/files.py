@@ -1,0 +1,100 @@
+"""Files that are written whole or not at all, and JSON that is read strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+
+class RecordError(ValueError):
+    """A file or result folder cannot be read or written as asked; the message names it and says what to do."""
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    packages = {name: metadata.version(name) for name in ("vlmflow", "torch", "transformers", "pillow")}
+    return packages | {"python": platform.python_version()}
+
+
+def read_text(path: Path) -> str:
+    """A text file, in UTF-8.
+
+    Raises:
+        RecordError: there is none, or it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecordError(f"{path}: no such file or folder") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: is not UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """A JSON value that stands in a file from ``line`` on.
+
+    Raises:
+        RecordError: it is broken, with line and column, or an object in it has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise RecordError(f"{path}: holds {twice[0]!r} twice in one object; leave one of the two")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+        raise RecordError(f"{place}: broken JSON ({error.msg})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with one JSON object.
+
+    Raises:
+        RecordError: there is none, or it is broken.
+    """
+    record = parse_json(read_text(path), path)
+    if not isinstance(record, dict):
+        raise RecordError(f"{path}: must be a JSON object")
+    return record
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record whole or not at all."""
+    write_text(path, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``path`` when the block ends, safely on disk; if it fails, nothing has changed.
+
+    Folders above it are made. Threads and processes that write the same file do not meet: the last one counts.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""A result folder: settings first, rows as they come, the summary last. Whatever is killed can go on.
+
+``settings.json`` says what is evaluated, ``rows.jsonl`` has one JSON object a sample, ``summary.json`` the figure and
+all that is needed to repeat it, ``log.jsonl`` when it ran, where and how long; ``verdicts.json`` a judge's marks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from vlmflow.records.files import RecordError, read_json, write_json, write_text
+
+try:
+    import fcntl
+except ImportError:  # no such lock on Windows
+    fcntl = None
+
+T = TypeVar("T")
+SETTINGS, ROWS, SUMMARY, LOG, VERDICTS = "settings.json", "rows.jsonl", "summary.json", "log.jsonl", "verdicts.json"
+
+
+@dataclass(frozen=True)
+class RowFile(Generic[T]):
+    """A file of JSON objects, one a line and sample, by the sample's ``id``; of two the later counts."""
+
+    path: Path
+    to_record: Callable[[T], Mapping[str, Any]]
+    from_record: Callable[[Mapping[str, Any]], T]
+
+    def read(self) -> dict[str, T]:
+        """The rows by sample id; a last line without its end is none.
+
+        Raises:
+            RecordError: a broken line, by its number.
+        """
+        if not self.path.is_file():
+            return {}
+        rows: dict[str, T] = {}
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                rows[record["id"]] = self.from_record(record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise RecordError(
+                    f"{self.path}, line {number}: not a row of this kind of run; take the line out, and its sample is "
+                    "done again"
+                ) from None
+        return rows
+
+    def append(self, rows: Iterable[T]) -> None:
+        """Write rows so that a killed process, or machine, has lost at most those of one call."""
+        with self.path.open("ab") as file:
+            file.write(self._text(rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def put_in_order(self, ids: Sequence[str]) -> list[T]:
+        """The rows in the samples' order, one a sample; so they stand in the file from now on."""
+        rows = self.read()
+        ordered = [rows[key] for key in ids]
+        lines = self.path.read_bytes().count(b"\n")
+        if list(rows) != list(ids) or lines != len(rows):
+            write_text(self.path, self._text(ordered))
+        return ordered
+
+    def _text(self, rows: Iterable[T]) -> str:
+        return "".join(json.dumps(self.to_record(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A result folder, for reading."""
+
+    path: Path
+
+    def settings(self) -> dict[str, Any]:
+        """What was evaluated."""
+        return read_json(self.path / SETTINGS)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of a finished run.
+
+        Raises:
+            RecordError: it is not done yet.
+        """
+        if not (self.path / SUMMARY).is_file():
+            raise RecordError(f"{self.path} has no {SUMMARY}: finish its run first")
+        return read_json(self.path / SUMMARY)
+
+
+@dataclass(frozen=True)
+class OpenFolder(Folder):
+    """A result folder that this process alone writes to."""
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Note when, where and how long it ran."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+@contextmanager
+def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[OpenFolder]:
+    """Make a result folder, or go on with one, for as long as the block runs.
+
+    Raises:
+        RecordError: the folder holds a run with other settings, or another process is writing to it.
+    """
+    if path.exists() and not path.is_dir():
+        raise RecordError(f"results need a folder, and {path} is a file")
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecordError(
+                    f"another process is writing to {path}; wait for it, or take another folder"
+                ) from None
+        _agree(path, json.loads(json.dumps(settings)))
+        _cut_broken_end(path / ROWS)
+        yield OpenFolder(path)
+
+
+def _agree(path: Path, settings: dict[str, Any]) -> None:
+    if not (path / SETTINGS).exists():
+        if (path / ROWS).exists():
+            raise RecordError(f"{path} has {ROWS} but no {SETTINGS}, so nothing tells what they are; clear it first")
+        write_json(path / SETTINGS, settings)
+        return
+    differing = differences(read_json(path / SETTINGS), settings)
+    if differing:
+        raise RecordError(
+            f"{path} holds a run with other settings: {'; '.join(differing)}. Take another folder for this one"
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which settings differ, and how, one text each."""
+    was, now = dict(_flat(old)), dict(_flat(new))
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return [f"{name} was {json.dumps(was.get(name))}, is {json.dumps(now.get(name))}" for name in names]
+
+
+def _flat(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _cut_broken_end(path: Path) -> None:
+    """Take away a last line that was not written whole."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
