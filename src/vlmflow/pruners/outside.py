@@ -49,7 +49,9 @@ def load_installed(name: str) -> type[Pruner]:
     """
     entries = entry_points(group=GROUP, name=name)
     if len(entries) > 1:
-        raise ValueError(f"pruner {name}: offered by {', '.join(map(_package, entries))}; uninstall all but one")
+        raise ValueError(
+            f"pruner {name}: offered by {', '.join(sorted(map(_package, entries)))}; uninstall all but one"
+        )
     (entry,) = entries
     who = f"pruner {name} of package {_package(entry)}"
     try:
