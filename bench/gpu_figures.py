@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -23,8 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
-from vlmflow.engine import attach
-from vlmflow.latency import Protocol, Request, Timing, peak_memory, run, synchronize
+from vlmflow.latency import Protocol, Request, Timing, attached, peak_memory, run, synchronize
 from vlmflow.pruners import HiMAP, Pruner, Unpruned
 from vlmflow.synthetic import random_prompt
 
@@ -163,7 +161,7 @@ def asked_of_device(model: Any, inputs: Mapping[str, Tensor], pruner: Pruner) ->
     on_gpu = model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     issued, done = [], []
-    with _attached(model, pruner), torch.inference_mode():
+    with attached(model, pruner), torch.inference_mode():
         read()
         for _ in range(5):
             synchronize(model.device)
@@ -254,7 +252,3 @@ def keep_all(layers: int) -> HiMAP:
 
 def _with_none(pruners: Mapping[str, Pruner]) -> dict[str, Pruner]:
     return {"none": Unpruned()} | dict(pruners)
-
-
-def _attached(model: Any, pruner: Pruner) -> AbstractContextManager[object]:
-    return nullcontext() if isinstance(pruner, Unpruned) else attach(model, pruner)

@@ -21,7 +21,7 @@ import torch
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.latency import Protocol, Request, compare, machine, synchronize
-from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
+from vlmflow.pruners import PUBLISHED, Pruner, Unpruned
 from vlmflow.records.files import versions, write_json
 from vlmflow.synthetic import random_model, random_prompt
 
@@ -63,10 +63,7 @@ def described(model: Any) -> dict[str, Any]:
 
 def methods(layers: int) -> dict[str, Pruner]:
     """Each method's published defaults at a depth."""
-    return {
-        name: cls.scaled(layers)
-        for name, cls in (("himap", HiMAP), ("fastv", FastV), ("vtw", VTW), ("pyramiddrop", PyramidDrop))
-    }
+    return {method.name: method.scaled(layers) for method in PUBLISHED}
 
 
 def bare_layers(model: Any, schedule: Sequence[int], text_tokens: int, batch: int) -> float:

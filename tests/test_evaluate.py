@@ -19,7 +19,7 @@ from vlmflow import models, plots
 from vlmflow.cli import app
 from vlmflow.cli.evaluate import bars, show
 from vlmflow.evaluate import runner
-from vlmflow.evaluate.budgets import for_task, mean_share, with_budget
+from vlmflow.evaluate.budgets import for_task, with_budget
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of
 from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
 from vlmflow.evaluate.tables import Result, find_results, group_grid, report
@@ -306,8 +306,28 @@ def test_marks_come_after_the_answers_and_are_kept(vlm, questions, tmp_path, mon
 def test_every_method_reaches_a_budget(name, n_layers, share):
     method = with_budget(name, share, n_layers)
     tolerance = 0.5 / n_layers + 1e-9 if name == "vtw" else 1e-4
-    assert mean_share(method, n_layers) == pytest.approx(share, abs=tolerance)
-    assert mean_share(method, n_layers, 576) == pytest.approx(share, abs=max(tolerance, 1.5 / 576))
+    assert method.mean_share(n_layers) == pytest.approx(share, abs=tolerance)
+    assert method.mean_share(n_layers, 576) == pytest.approx(share, abs=max(tolerance, 1.5 / 576))
+
+
+RECORDED = [json.loads(line) for line in (Path(__file__).parent / "data/budgets.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "n_layers", "preset", "share", "fields"), RECORDED)
+def test_budgets_stay_what_they_were(name, n_layers, preset, share, fields):
+    """What each method was set to, or why not, when budgets were a closed form a method (0.1.0)."""
+    if isinstance(fields, str):
+        with pytest.raises(ValueError, match=f"^{re.escape(fields)}$"):
+            with_budget(name, share, n_layers, preset)
+        return
+    found = json.loads(json.dumps(with_budget(name, share, n_layers, preset).to_dict()))
+    shares = {field for field, value in fields.items() if isinstance(value, float)}
+    assert {field: found[field] for field in found.keys() - shares} == {
+        field: fields[field] for field in fields.keys() - shares
+    }
+    assert {field: found[field] for field in shares} == pytest.approx(
+        {field: fields[field] for field in shares}, abs=1e-9
+    )
 
 
 def test_budgets_move_layers_only_where_they_must():

@@ -52,7 +52,8 @@ def test_rooms_import_downwards(path):
         ("vlmflow.published", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.plots", {"torch", "transformers"}),
         ("vlmflow.pico", {"torch", "transformers", "matplotlib"}),
-        ("vlmflow.pruners", {"transformers", "matplotlib"}),
+        ("vlmflow.pruners", {"torch", "transformers", "matplotlib"}),
+        ("vlmflow.cli", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.engine", {"matplotlib"}),
     ],
 )

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from test_pruners_outside import NORM
 from vlmflow.evaluate.runner import Evaluation, run
 from vlmflow.lmms import TASK_FILES, bridge
 from vlmflow.models import load
 from vlmflow.pico import samples
-from vlmflow.pruners import HiMAP
+from vlmflow.pruners import make_pruner
 from vlmflow.tasks import TASKS, Source
 
 PICTURE = Image.new("L", (8, 8))
@@ -125,14 +126,17 @@ def local(tmp_path):
 
 
 @harness
-@pytest.mark.parametrize("fields", ["k1=1,k2=3", "k1=1,r1=0.25,k2=4"])
-def test_the_harness_measures_what_our_runner_does(local, fields):
-    settings = dict(pair.split("=") for pair in fields.split(","))
-    pruner = HiMAP(**{name: float(value) if name.startswith("r") else int(value) for name, value in settings.items()})
+@pytest.mark.parametrize(
+    ("method", "fields"), [("himap", "k1=1,k2=3"), ("himap", "k1=1,r1=0.25,k2=4"), ("norm.py:Norm", "k=3,ratio=0.75")]
+)
+def test_the_harness_measures_what_our_runner_does(local, method, fields):
+    (local / "norm.py").write_text(NORM)
+    spec = str(local / method) if ":" in method else method
+    pruner = make_pruner(spec, dict(pair.split("=") for pair in fields.split(",")), n_layers=10)
     source = Source(hub=str(local / "data"))
     ours = run(load("pico", "cpu"), Evaluation(TASKS["pope"], pruner, source=source), local / "ours", batch_size=4)
     command = Path(sys.executable).with_name("lmms-eval")
-    args = ["--model", "vlmflow", "--model_args", f"pretrained=pico,pruner=himap,{fields}", "--device", "cpu"]
+    args = ["--model", "vlmflow", "--model_args", f"pretrained=pico,pruner={spec},{fields}", "--device", "cpu"]
     where = ["--tasks", "local_pope", "--include_path", local / "tasks", "--output_path", local / "theirs"]
     made = subprocess.run(
         [command, "eval", *args, *where, "--batch_size", "4", "--log_samples"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from test_pruners_outside import NORM
 from vlmflow.cli import app
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.on_ray import Loading, connected
@@ -101,6 +102,17 @@ def test_a_killed_driver_goes_on(alone, tmp_path):
     run(load("pico"), ASKED, out, batch_size=2, progress=lambda done, *_: began.append(done))
     assert began[0] == len(kept) < 16
     assert files(out) == files(alone)
+
+
+def test_workers_run_the_file_of_a_method(tmp_path):
+    """A class that a file holds cannot be imported by name where the workers are."""
+    (tmp_path / "norm.py").write_text(NORM)
+    args = ["eval", "--task", "pico", "--limit", "4", "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
+    for engine in (["ray", "--workers", "1"], ["local"]):
+        pruner = ["--pruner", f"{tmp_path / 'norm.py'}:Norm", "--set", "ratio=0.75"]
+        made = CliRunner().invoke(app, [*args, *pruner, "--engine", *engine, "--out", str(tmp_path / engine[0])])
+        assert made.exit_code == 0, made.output
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
 
 
 # -- what is refused

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from test_pruners_outside import NORM
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.runner import Evaluation, run
 from vlmflow.models import load
@@ -46,6 +47,17 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert "accuracy" in finished.communicate()[0]
     assert finished.returncode == 0
     assert files(out) == files(tmp_path / "alone")
+
+
+def test_each_process_runs_the_file_of_a_method(tmp_path):
+    (tmp_path / "norm.py").write_text(NORM)
+    command = [*EVAL, "--pruner", f"{tmp_path / 'norm.py'}:Norm", "--limit", "6"]
+    together = launch(*command, "--out", tmp_path / "together")
+    assert "norm k=2, ratio=0.5 (norm.py, sha256" in " ".join(together.communicate()[0].split())
+    assert together.returncode == 0
+    alone = subprocess.run([sys.executable, "-m", "vlmflow", *command, "--out", str(tmp_path / "alone")])
+    assert alone.returncode == 0
+    assert files(tmp_path / "together") == files(tmp_path / "alone")
 
 
 def test_what_one_process_does_is_refused(tmp_path):

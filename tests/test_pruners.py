@@ -1,6 +1,8 @@
 """What each method asks for, and what it refuses."""
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import tiny
 from vlmflow import PRUNERS, VTW, FastV, HiMAP, Pruner, PyramidDrop, Random, Stage, Uniform, make_pruner, prune
+from vlmflow.pruners import kept_after
 
 
 def test_himap_as_in_the_paper():
@@ -68,6 +71,14 @@ def test_schedules(pruner, n_layers, schedule):
     assert pruner.schedule(n_layers, 100) == schedule
 
 
+@dataclass(frozen=True)
+class Greedy(Pruner):
+    """A method that drops more than there is."""
+
+    def stages(self, n_layers, n_image):
+        return (Stage(2, -1),)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -77,6 +88,8 @@ def test_schedules(pruner, n_layers, schedule):
         (lambda: HiMAP(k1=0), "HiMAP: k1 must be a whole number of at least 1"),
         (lambda: HiMAP(k1=8, k2=8), r"HiMAP: layers must increase .* got \[8, 8\]"),
         (lambda: PyramidDrop((8, 4)), r"PyramidDrop: layers must increase .* got \[8, 4\]"),
+        (lambda: Greedy().checked_stages(4, 576), r"Greedy\(\): keep must be a count of image tokens .* got -1"),
+        (lambda: kept_after(576, 1.5), r"share_dropped must be in \[0, 1\], got 1.5"),
         (lambda: FastV().checked_stages(2, 576), r"FastV.*: prunes before layer 2, .* layers 1 to 1"),
         (lambda: HiMAP.preset("qa", 2), "at least 3 layers"),
         (lambda: HiMAP.budget(36, 32, 576), "above 36 and at most 576"),
@@ -93,6 +106,16 @@ def test_schedules(pruner, n_layers, schedule):
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("module", ["himap", "method", "table"])
+def test_examples_in_docstrings(module):
+    """In a process of its own, as doctest does not see what the type checker has wrapped."""
+    code = f"import doctest, vlmflow.pruners.{module} as it; print(*doctest.testmod(it))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    failed, attempted = map(int, run.stdout.strip().split("\n")[-1].split())
+    assert failed == 0, run.stdout
+    assert attempted > 0
 
 
 def test_make_pruner():

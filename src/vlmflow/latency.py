@@ -168,7 +168,7 @@ def run(model: nn.Module, request: Request, pruner: Pruner) -> Timing:
     exit_ = decoder.register_forward_hook(lambda *_: stamp() if len(stamps) == 2 else None)
     answer = _generate if request.protocol == "deployed" else _reread
     try:
-        with _attached(model, pruner), torch.inference_mode(), peak_memory(device) as peak:
+        with attached(model, pruner), torch.inference_mode(), peak_memory(device) as peak:
             stamp()
             kv_bytes = answer(model, request, stamp)
     finally:
@@ -187,8 +187,9 @@ def promised_speedup(trace: Trace) -> float | None:
         return None
 
 
-def _attached(model: nn.Module, pruner: Pruner) -> AbstractContextManager[object]:
-    return nullcontext() if isinstance(pruner, Unpruned) else attach(model, pruner)
+def attached(model: nn.Module, pruner: Pruner) -> AbstractContextManager[object]:
+    """``attach``, but the bare model for a method that drops nothing."""
+    return attach(model, pruner) if pruner.stages(len(Target.find(model).layers), 0) else nullcontext()
 
 
 def _generate(model: Any, request: Request, stamp: Callable[[], None]) -> int:

@@ -241,14 +241,12 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def load_geometry(name: str) -> Geometry:
-    """What decides a model's cost: built in, or read from the config of a hub id, a local folder or ``pico``.
+    """What decides a model's cost, read from the config of a hub id, a local folder or ``pico``.
 
     Raises:
         ModelError: the config cannot be read.
         ValueError: a family that is not known.
     """
-    if name in GEOMETRIES:
-        return GEOMETRIES[name]
     try:
         config = AutoConfig.from_pretrained(_path(name), trust_remote_code=False)
     except Exception as error:  # as in ``load``

@@ -12,9 +12,20 @@ import typer
 from rich.filesize import decimal
 from rich.progress import Progress
 
-from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, load_model, notes, out, plain_table, refusals
+from vlmflow.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    PrunersOption,
+    load_model,
+    notes,
+    out,
+    plain_table,
+    pruners_named,
+    refusals,
+)
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
-from vlmflow.pruners import make_pruner
+from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
 from vlmflow.tasks import TASKS, Source
 
@@ -27,6 +38,7 @@ PROTOCOLS: dict[Protocol, str] = {
     "paper": "no cache, eager attention, all attention matrices returned",
 }
 
+METHODS = ",".join(method.name for method in PUBLISHED)
 LEGEND = (
     "Times as fast as none, to the first token (vision included) and end to end, with 95 % intervals over the rounds; "
     "FLOPs: what the decoder's prefill would gain if time were FLOPs; memory: the peak above what was held before."
@@ -41,7 +53,7 @@ def bench(
         typer.Option(help=f"Instead of a model: random weights at the widths of one of {', '.join(GEOMETRIES)}."),
     ] = None,
     layers: Annotated[int | None, typer.Option(min=3, help="Of the geometry, another number of layers.")] = None,
-    pruners: Annotated[str, typer.Option(help="Names with commas between.")] = "himap,fastv,vtw,pyramiddrop",
+    pruners: PrunersOption = METHODS,
     task: Annotated[
         str, typer.Option("--task", "-t", help=f"A model's questions: one of {', '.join(TASKS)}.")
     ] = "pico",
@@ -70,9 +82,7 @@ def bench(
     with refusals():
         if protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
-        names = [name for name in map(str.strip, pruners.split(",")) if name not in ("", "none")]
-        for name in names:
-            make_pruner(name, {}, n_layers=32)
+        chosen = [method for method in pruners_named(pruners) if method is not Unpruned]  # which always runs
         batches, lengths = counts("--batch-size", batch_size), counts("--new-tokens", new_tokens)
         images = counts("--image-tokens", image_tokens)
     if threads:
@@ -84,7 +94,7 @@ def bench(
         subject, prompts = drawn(geometry, layers, images, text_tokens, batches, device, dtype, attn)
     with refusals():
         depth = subject.config.get_text_config(decoder=True).num_hidden_layers
-        methods = {name: make_pruner(name, {}, depth) for name in names}
+        methods = {method.name: method.scaled(depth) for method in chosen}
         for method in methods.values():
             method.checked_stages(depth, 0)
     requests = [Request(prompt, length, protocol) for prompt, length in product(prompts, lengths)]

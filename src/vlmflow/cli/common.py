@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlmflow.pruners import PRUNERS, Pruner, find_pruners
+
 if TYPE_CHECKING:
     from vlmflow.models import VLM
     from vlmflow.records import table as records
@@ -24,6 +26,13 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="Where the model runs, auto to spread it; default: the first accelerator, or cpu.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")]
+PrunerOption = Annotated[
+    str,
+    typer.Option(help=f"One of {', '.join(PRUNERS)}, or a class of your own: path/to/file.py:Class, module:Class."),
+]
+PrunersOption = Annotated[
+    str, typer.Option(help="Names with commas between, or classes of your own: file.py:Class, module:Class.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", help="A field of the pruner, as k1=2; may be repeated.")]
 
 
@@ -55,6 +64,15 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     if broken is not None:
         raise ValueError(f"--set wants field=value, such as k1=2, got {broken!r}")
     return {name.strip(): value.strip() for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def pruners_named(text: str) -> list[type[Pruner]]:
+    """The methods named with commas between.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    return find_pruners(name.strip() for name in text.split(",") if name.strip())
 
 
 def absolute(path: Path | None) -> Path | None:

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from vlmflow.cli.common import SetOption, out, parse_settings, plain_table, refusals
+from vlmflow.cli.common import PrunerOption, SetOption, out, parse_settings, plain_table, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
-from vlmflow.pruners import PRUNERS, make_pruner
+from vlmflow.pruners import make_pruner
 from vlmflow.published import paper_tables
 
 NAMES = {
@@ -30,7 +30,7 @@ def cost(
     model: Annotated[
         str, typer.Option("--model", "-m", help=f"Hub id, local folder, pico, or one of {', '.join(GEOMETRIES)}.")
     ] = "llava-1.5-7b",
-    pruner: Annotated[str, typer.Option(help=f"One of {', '.join(PRUNERS)}.")] = "himap",
+    pruner: PrunerOption = "himap",
     set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
     image_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: those of one tile (LLaVA-1.5: of the image).")
@@ -43,17 +43,15 @@ def cost(
     if paper:
         print_paper(json_)
         return
-    from vlmflow.models import load_geometry
-
     with refusals():
-        geometry = load_geometry(model)
+        geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model)
         chosen = make_pruner(pruner, parse_settings(set_), geometry.layers)
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
             raise ValueError(f"how many image tokens {model} makes depends on the image; say it with --image-tokens")
         schedule = chosen.schedule(geometry.layers, n_image)
         priced = chosen.cost(geometry, n_image, text_tokens, text_tokens)
-    table = plain_table("", "unpruned", pruner, "share")
+    table = plain_table("", "unpruned", chosen.name, "share")
     for column in table.columns[1:]:
         column.justify = "right"
     for measure, (whole, part, share) in priced.table().items():
@@ -71,6 +69,13 @@ def cost(
         record |= {"vision_flops": tower, "projector_flops": projector}
     if json_:
         typer.echo(json.dumps(record))
+
+
+def read_geometry(model: str) -> Geometry:
+    """The widths in a model's config."""
+    from vlmflow.models import load_geometry  # torch and transformers take seconds that built-in widths do not need
+
+    return load_geometry(model)
 
 
 def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | None:

@@ -19,6 +19,8 @@ from vlmflow.cli.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    PrunerOption,
+    PrunersOption,
     SetOption,
     absolute,
     load_model,
@@ -27,9 +29,10 @@ from vlmflow.cli.common import (
     parse_settings,
     plain_table,
     print_table,
+    pruners_named,
     refusals,
 )
-from vlmflow.pruners import PRUNERS, make_pruner
+from vlmflow.pruners import PRUNERS, Unpruned, find_pruner, parse_fields
 from vlmflow.tasks import TASKS, Judge, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from vlmflow.evaluate.runner import Progress
     from vlmflow.evaluate.tables import Line
 
+METHODS = ",".join(name for name, method in PRUNERS.items() if method is not Unpruned)
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")]
@@ -57,9 +61,7 @@ def evaluate(
     task: TaskOption,
     out_dir: OutOption,
     model: ModelOption = "pico",
-    pruner: Annotated[
-        str, typer.Option(help=f"One of {', '.join(PRUNERS)}. himap takes Table 3's fields for the task.")
-    ] = "himap",
+    pruner: PrunerOption = "himap",
     set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
@@ -87,10 +89,14 @@ def evaluate(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Evaluate a model on a task with its image tokens pruned; started again it goes on where it stopped."""
+    """Evaluate a model on a task with its image tokens pruned; started again it goes on where it stopped.
+
+    The pruner himap takes Table 3's fields for the task.
+    """
     with refusals():
         settings = parse_settings(set_)
-        make_pruner(pruner, {}, n_layers=32)  # a wrong name, before anything is loaded
+        parse_fields(pruner, settings)  # wrong names, before anything is loaded
+        name = find_pruner(pruner).name
         chosen = _task(task)
         marker = _marker(chosen, judge, judge_url, dry_run, out_dir)
         fleet = _fleet(engine, workers, gpus_per_worker, ray_address)
@@ -107,7 +113,7 @@ def evaluate(
         return Evaluation(chosen, method, origin, where, prompt_style, rule, limit, max_new_tokens)
 
     with refusals(), stoppable(), bars() as progress:
-        how = {"batch_size": batch_size, "samples": samples, "progress": show(progress, f"{task} {pruner}")}
+        how = {"batch_size": batch_size, "samples": samples, "progress": show(progress, f"{task} {name}")}
         if fleet is not None:
             with connected(Loading.named(model, device, dtype), *fleet) as pool:
                 subject = pool.describe()
@@ -144,9 +150,7 @@ def sweep(
     task: TaskOption,
     out_dir: OutOption,
     model: ModelOption = "pico",
-    pruners: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(
-        name for name in PRUNERS if name != "none"
-    ),
+    pruners: PrunersOption = METHODS,
     budgets: Annotated[
         str, typer.Option(help="Mean image tokens entering a layer, as shares of all, with commas between.")
     ] = "0.5,0.33,0.2",
@@ -167,9 +171,7 @@ def sweep(
 ) -> None:
     """Evaluate methods at equal budgets on a task, beside the unpruned run: a table and a picture."""
     with refusals():
-        names = [name.strip() for name in pruners.split(",") if name.strip()]
-        for name in names:
-            make_pruner(name, {}, n_layers=32)
+        methods = pruners_named(pruners)
         shares = _shares(budgets)
         chosen = _task(task)
         if chosen.rubric is not None:
@@ -183,10 +185,9 @@ def sweep(
     from vlmflow.evaluate.runner import Evaluation
     from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
-    from vlmflow.pruners import Unpruned
 
     with refusals(), stoppable():
-        cells = plan(names, shares, vlm.n_layers, chosen.preset)
+        cells = plan(methods, shares, vlm.n_layers, chosen.preset)
         asked = Evaluation(chosen, Unpruned(), "", where, prompt_style, rule, limit, max_new_tokens)
         with bars() as progress:
 

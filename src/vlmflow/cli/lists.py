@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 
-from vlmflow.cli.common import out, plain_table
+from vlmflow.cli.common import notes, out, plain_table
 from vlmflow.pruners import PRUNERS
+from vlmflow.pruners.outside import installed_pruners, load_installed
 
 
 def pruners() -> None:
-    """List the pruning methods: their fields with defaults, what they do, where they come from."""
+    """List the pruning methods: their fields with defaults, what they do, where they come from.
+
+    Those that installed packages offer come last.
+    """
+    methods = list(PRUNERS.values())
+    for name in installed_pruners():
+        try:
+            methods.append(load_installed(name))
+        except ValueError as error:
+            notes.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
     table = plain_table("name", "fields and defaults", "what it does", "source")
-    for name, cls in PRUNERS.items():
-        lines = (inspect.getdoc(cls) or "").split("\n")
+    for method in methods:
+        lines = (inspect.getdoc(method) or "").split("\n")
         source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "a control")
-        defaults = ", ".join(f"{field.name}={field.default}" for field in fields(cls)) or "none"
-        table.add_row(name, defaults, lines[0].replace("``", ""), source.rstrip("."))
+        defaults = ", ".join(f"{field}={value}" for field, value in vars(method()).items()) or "none"
+        table.add_row(method.name, defaults, lines[0].replace("``", ""), source.rstrip("."))
     out.print(table)
     out.print("Layers scale with the model's depth unless they are set.")
 

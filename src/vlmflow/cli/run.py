@@ -14,6 +14,7 @@ from vlmflow.cli.common import (
     DeviceOption,
     DtypeOption,
     ModelOption,
+    PrunerOption,
     SetOption,
     load_model,
     notes,
@@ -42,7 +43,7 @@ def run(
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     model: ModelOption = "pico",
-    pruner: Annotated[str, typer.Option(help=f"One of {', '.join(PRUNERS)}.")] = "himap",
+    pruner: PrunerOption = "himap",
     set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
     compare: Annotated[bool, typer.Option("--compare", help="Answer under every method, side by side.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder for a picture of the kept patches and a record.")] = None,
@@ -69,7 +70,7 @@ def run(
     with refusals():
         chosen = make_pruner(pruner, settings, vlm.n_layers)
         methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS} if compare else {}
-        methods[pruner] = chosen
+        methods[chosen.name] = chosen
         for method in methods.values():
             method.checked_stages(vlm.n_layers, 0)
         runs = {name: ask(vlm, [question], method, max_new_tokens)[0] for name, method in methods.items()}

@@ -17,7 +17,8 @@ from vlmflow.core.layout import Layout
 from vlmflow.core.select import highest, right_align
 from vlmflow.engine.cache import UNUSED, CacheLayer, Slots, capacity, hold, layer_of, physical_length, slots_of
 from vlmflow.engine.probe import KernelCall, Watcher
-from vlmflow.pruners import Pruner, Stage, View
+from vlmflow.pruners import Pruner, Stage
+from vlmflow.pruners.view import Sources, View
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Prefill:
         number = first.image.cumsum(1) - 1
         ordinal = torch.gather(number, 1, torch.gather(self.selection.index, 1, column)).clamp(min=0)
         key_column = column + self.rows_first_key if self.rows is not None else column
-        return View(valid, ordinal, first.image_tokens, keep, hidden, column, key_column, self.rows)
+        return View(valid, ordinal, first.image_tokens, keep, Sources(hidden, column, key_column, self.rows))
 
     def add_deepstack(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Add the visual features that the model would have added, at full length, before ``layer_idx``."""

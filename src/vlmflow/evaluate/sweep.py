@@ -11,7 +11,8 @@ from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.runner import Evaluation, Progress, run
 from vlmflow.evaluate.tables import COSTS, Line, Result, budget_grid, group_grid, line, table_of
 from vlmflow.models import VLM
-from vlmflow.pruners import Pruner, Unpruned
+from vlmflow.pruners import Pruner, Task, Unpruned, find_pruners
+from vlmflow.pruners.outside import code_of
 from vlmflow.records.files import RecordError, write_json, write_text
 from vlmflow.records.table import Table
 from vlmflow.tasks import Sample
@@ -37,19 +38,20 @@ class Cell:
         return self.name if self.budget is None else f"{self.name}-{self.budget:g}"
 
 
-def plan(names: Sequence[str], budgets: Sequence[float], n_layers: int, preset: Any) -> list[Cell]:
+def plan(methods: Sequence[str | type[Pruner]], budgets: Sequence[float], n_layers: int, preset: Task) -> list[Cell]:
     """The cells of a sweep, the unpruned run first.
 
     Raises:
         RecordError: no method but none, or no cell that can be run.
+        ValueError: unknown methods, or two of one name.
     """
-    cells = [Cell("none", None, Unpruned())]
-    for name in dict.fromkeys(names):
-        for budget in dict.fromkeys(budgets) if name != "none" else ():
+    cells = [Cell(Unpruned.name, None, Unpruned())]
+    for method in find_pruners(methods):
+        for budget in dict.fromkeys(budgets) if method is not Unpruned else ():
             try:
-                cells.append(Cell(name, budget, with_budget(name, budget, n_layers, preset)))
+                cells.append(Cell(method.name, budget, with_budget(method, budget, n_layers, preset)))
             except ValueError as error:
-                cells.append(Cell(name, budget, None, str(error)))
+                cells.append(Cell(method.name, budget, None, str(error)))
     if all(cell.pruner is None for cell in cells[1:]):
         raise RecordError(cells[1].refusal if cells[1:] else "a sweep needs a method beside none, and a budget")
     return cells
@@ -79,6 +81,8 @@ def sweep(
             results.append(None)
             continue
         origin = "no pruning" if cell.budget is None else f"budget {cell.budget:g} of the image tokens a layer"
+        if code := code_of(type(cell.pruner)):
+            origin = f"{code}; {origin}"
         own = replace(evaluation, pruner=cell.pruner, pruner_from=origin)
         folder = out / cell.folder
         run(vlm, own, folder, batch_size=batch_size, samples=samples, progress=progress(number, cell))
