@@ -15,12 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
-import saliency
-import stages
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench import saliency, stages
 from vlmflow.cost import kv_bytes
 from vlmflow.engine import attach
 from vlmflow.geometry import Geometry

@@ -186,7 +186,7 @@ def main(
             continue
         finally:
             release()
-        record |= {"command": " ".join(["python", f"bench/{name}.py", stage]), "dry": options.dry}
+        record |= {"command": " ".join(["python", "-m", f"bench.{name}", stage]), "dry": options.dry}
         record |= {"versions": versions(), "seconds": round(time.perf_counter() - start, 1)}
         write_json(options.out / f"{name}-{stage}.json", record)
         print(f"{name} {stage}: {record['seconds']} s, wrote {options.out / f'{name}-{stage}.json'}", flush=True)

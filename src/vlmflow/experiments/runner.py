@@ -18,7 +18,6 @@ from torch import Tensor
 from vlmflow.engine import attach
 from vlmflow.evaluate.folder import SUMMARY, EvaluationError, Row, claim, write_json, write_text
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
-from vlmflow.evaluate.score_card import GREY
 from vlmflow.experiments.means import Means
 from vlmflow.experiments.rows import Finding, findings_of
 from vlmflow.experiments.verdict import numbers
@@ -29,6 +28,7 @@ from vlmflow.pruners import Unpruned
 from vlmflow.tasks import Sample, Source, Task
 
 VERDICT = "verdict.md"
+GREY = (224, 224, 224)  # of a blank picture
 
 Progress = Callable[[int, int, Row | None], None]  # samples done, of how many, and which came; None to begin
 

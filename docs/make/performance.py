@@ -1,6 +1,6 @@
-"""Write the tables and the picture of docs/performance.md from the JSON files beside it; no figure is typed by hand.
+"""Write the tables and the picture of docs/performance.md from what ``bench`` measured; no figure is typed by hand.
 
-    python bench/report.py
+    python -m docs.make.performance
 
 The page keeps its text; what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is written anew.
 """
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs.make.page import ROOT, put, table
 from vlmflow.evaluate.folder import write_text
 from vlmflow.plots import Promise, promises
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance.md"
 NEVER = "Never run: no result file. `{command}` makes it."
 RESTATED = (
     "Restated for bfloat16 are laws 1 (keep everything), 2 (knock-out), 3 (cached step), 4 (batch) and 8 (cache "
@@ -46,11 +46,6 @@ def seconds(value: float) -> str:
 
 def gigabytes(count: int | None) -> str:
     return "?" if count is None else f"{count / 1e9:.2f} GB"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def source(record: dict[str, Any]) -> str:
@@ -342,21 +337,12 @@ def picture(folder: Path, path: Path) -> None:
         promises(path, panels, "What theory promises, and what was measured")
 
 
-def put(page: str, name: str, body: str) -> str:
-    """The page with one block written anew."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
-    if len(pattern.findall(page)) != 1:
-        raise SystemExit(f"the page must have one block {begin} ... {end}")
-    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", page)
-
-
 def filled(page: str, folder: Path) -> str:
     """The page with every block written anew."""
     for name, render in BLOCKS.items():
         machine, _, stage = name.partition("-")
         record = load(folder, name)
-        body = render(record) if record else NEVER.format(command=f"python bench/{machine}.py {stage}")
+        body = render(record) if record else NEVER.format(command=f"python -m bench.{machine} {stage}")
         page = put(page, name, body)
     return page
 

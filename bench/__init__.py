@@ -1,0 +1,4 @@
+"""What the package costs, measured: each script writes files that ``docs/make`` turns into pages.
+
+Run them from the root of the repository: ``python -m bench.cpu``, ``.gpu``, ``.saliency``, ``.results``.
+"""
