@@ -2,3 +2,7 @@
 
 Run them from the root of the repository: ``python -m bench.cpu``, ``.gpu``, ``.saliency``, ``.results``.
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]

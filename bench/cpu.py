@@ -25,14 +25,13 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as recorded
 
 import vlmflow
-from bench import stages
+from bench import ROOT, stages
 from vlmflow.engine import attach
 from vlmflow.geometry import Geometry
 from vlmflow.latency import machine
 from vlmflow.pruners import Pruner
 from vlmflow.synthetic import random_prompt
 
-ROOT = Path(__file__).parents[1]
 NARROW = Geometry(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=16, head_dim=64, vocab=32064)
 TOP = 8  # operations of a profile
 ENGINE, KERNEL = str(Path(vlmflow.__file__).parent), "sdpa_attention_forward"

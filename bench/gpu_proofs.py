@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bench import ROOT
 from tests import oracles, tiny
 from vlmflow.engine import attach
 from vlmflow.latency import machine
@@ -34,7 +35,7 @@ from vlmflow.models import VLM, Question, load
 from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
 from vlmflow.tasks import TASKS, Source
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = ROOT / "tests"
 FILES = ("test_laws", "test_generate", "test_attach", "test_kernels", "test_tap", "test_cost", "test_cost_of_pruning")
 FAMILIES = ("llava", "qwen2_5_vl", "llava_onevision", "qwen3_vl", "internvl", "mistral3")  # no sliding windows
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import ROOT
 from vlmflow.evaluate.folder import Folder, write_json
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "results"
 BUDGETS = "0.5,0.3,0.2"  # of the image tokens a layer; HiMAP's own setting, scaled to ten layers, is 0.29
 LIMITS = {"pico": 600, "easy_vqa": 400}  # questions, of the first pictures

@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import ROOT
 from vlmflow.evaluate.folder import versions
 from vlmflow.flow.saliency import saliency
 from vlmflow.geometry import Geometry
 from vlmflow.latency import peak_memory
 from vlmflow.synthetic import random_model, random_prompt
 
-ROOT = Path(__file__).parents[1]
 METHODS = ("plain", "saliency", "checkpointed", "naive")
 ANSWER = 7
 M_MMAP_THRESHOLD = -3  # of malloc.h
