@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
 LAWS := tests/test_laws.py tests/test_generate.py tests/test_attach.py tests/test_kernels.py tests/test_tap.py
 
-.PHONY: demo test lint types tests compat lmms bench results gpu clean
+.PHONY: demo test lint types tests compat lmms bench results pages gpu pico clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded model
 	$(BIN)/vlmflow demo
@@ -49,15 +49,26 @@ $(VENV)-compat-%/.installed: pyproject.toml constraints.txt
 	touch $@
 
 bench: $(VENV)/.installed  ## the speed of pruning on this processor, and docs/performance.md's tables and picture
-	$(BIN)/python bench/cpu.py
-	$(BIN)/python bench/report.py
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m docs.make.performance
 
 results: $(VENV)/.installed  ## what pruning does to the embedded model: docs/results.md
-	$(BIN)/python bench/results.py
+	$(BIN)/python -m bench.results
+	$(BIN)/python -m docs.make.results
+
+pages: $(VENV)/.installed  ## the pages alone, from the files that were measured
+	$(BIN)/python -m docs.make.performance
+	$(BIN)/python -m docs.make.results
+
+pico: $(VENV)/.installed  ## train the embedded model from nothing, or go on; then ship it and score it: hours
+	$(BIN)/python -m recipes.pico.train
+	$(BIN)/python -m recipes.pico.export
+	$(BIN)/python -m recipes.pico.score_card
+	$(BIN)/python -m docs.make.results
 
 gpu: $(VENV)/.installed  ## proofs and figures on a GPU, and their part of docs/performance.md
-	$(BIN)/python bench/gpu.py
-	$(BIN)/python bench/report.py
+	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m docs.make.performance
 
 clean:
 	rm -rf $(VENV) $(VENV)-lmms $(COMPAT:%=$(VENV)-compat-%) build dist

@@ -1,11 +1,11 @@
 """Speed on a processor: prefill, decoding and the authors' protocol, each method beside the unpruned run.
 
-    python bench/cpu.py                    # all stages but saliency; under 20 minutes on two cores
-    python bench/cpu.py saliency           # some minutes more
-    python bench/cpu.py decode --dry       # one stage, at a size of seconds
+    python -m bench.cpu                    # all stages but saliency; under 20 minutes on two cores
+    python -m bench.cpu saliency           # some minutes more
+    python -m bench.cpu decode --dry       # one stage, at a size of seconds
 
 Models have random weights at true widths, and layers that share one set of them: the same arithmetic in a fraction of
-the memory. ``bench/report.py`` turns the JSON files into the tables and the picture of docs/performance.md.
+the memory. ``docs/make/performance.py`` turns the JSON files into the tables and the picture of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import stages
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as recorded
 
 import vlmflow
+from bench import ROOT, stages
 from vlmflow.core.geometry import Geometry
 from vlmflow.engine import attach
 from vlmflow.latency import machine
@@ -150,10 +150,10 @@ def protocols(dry: bool) -> dict[str, Any]:
 
 def saliency(dry: bool) -> dict[str, Any]:
     """Following the flow beside a plain forward and backward, and beside keeping every attention matrix."""
-    script = Path(__file__).with_name("saliency.py")
     small = ["--tokens", "150", "--layers", "2", "--hidden", "64", "--heads", "4"]
     chosen = [*(small if dry else []), "--threads", str(torch.get_num_threads())]
-    run = subprocess.run([sys.executable, str(script), *chosen], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "bench.saliency", *chosen]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(run.stdout.splitlines()[-1])
     settings = found["settings"]
     described = {"geometry": f"{settings['layers']} layers, {settings['hidden']} wide", "dtype": "float32"}

@@ -1,13 +1,13 @@
 """Proofs and figures on a GPU, in one command that needs no network and no checkpoint.
 
-    python bench/gpu.py                    # all stages; each under 8 minutes on an H100
-    python bench/gpu.py laws decode        # some of them
-    python bench/gpu.py --dry              # the same code at a size of seconds, on any machine
+    python -m bench.gpu                    # all stages; each under 8 minutes on an H100
+    python -m bench.gpu laws decode        # some of them
+    python -m bench.gpu --dry              # the same code at a size of seconds, on any machine
 
 It begins with a table of what it found; a stage that cannot run here says why, and without CUDA nothing runs. Models
 have random weights at true widths and depths; answers are those of the embedded model. Where a law fails, its stage
-writes its file, says how many, and the exit code is 1. ``bench/report.py`` turns the JSON files into the tables of
-docs/performance.md.
+writes its file, says how many, and the exit code is 1. ``docs/make/performance.py`` turns the JSON files into the
+tables of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from typing import Any
 # read when torch begins: sizes change from cell to cell, and memory in pieces would make large ones seem not to fit
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import gpu_figures
-import gpu_proofs
-import stages
 import torch
 
+from bench import gpu_figures, gpu_proofs, stages
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.records.files import versions
 

@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
-import saliency
-import stages
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench import saliency, stages
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
 from vlmflow.latency import Protocol, Request, Timing, attached, peak_memory, run, synchronize

@@ -27,13 +27,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bench import ROOT
+from tests import oracles, tiny
 from vlmflow.engine import attach
 from vlmflow.latency import machine
 from vlmflow.models import VLM, Question, load
 from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
 from vlmflow.tasks import TASKS, Source
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = ROOT / "tests"
 FILES = ("test_laws", "test_generate", "test_attach", "test_kernels", "test_tap", "test_cost", "test_cost_of_pruning")
 FAMILIES = ("llava", "qwen2_5_vl", "llava_onevision", "qwen3_vl", "internvl", "mistral3")  # no sliding windows
 KERNELS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
@@ -53,7 +55,7 @@ def installed() -> dict[str, str | None]:
     reasons: dict[str, str | None] = dict.fromkeys(KERNELS)
     for kernel in KERNELS:
         try:
-            _of_tests("tiny").build("llava", kernel)
+            tiny.build("llava", kernel)
         except Exception as refusal:
             reasons[kernel] = said(refusal)
     return reasons
@@ -129,7 +131,7 @@ def bfloat16_laws(dry: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Subject:
+class TinyPair:
     """A tiny model, the same weights on eager attention, its samples and their batch."""
 
     model: Any
@@ -138,9 +140,9 @@ class Subject:
     batch: dict[str, Tensor]
 
     @classmethod
-    def built(cls, family: str, kernel: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    def built(cls, family: str, kernel: str, device: torch.device, dtype: torch.dtype) -> TinyPair:
         """One family on one attention kernel."""
-        small, slow = (_of_tests("tiny").build(family, attn) for attn in (kernel, "eager"))
+        small, slow = (tiny.build(family, attn) for attn in (kernel, "eager"))
 
         def placed(sample: dict[str, Tensor]) -> dict[str, Tensor]:
             return {
@@ -162,7 +164,7 @@ class UnavailableError(Exception):
 
 
 def checks_of(
-    proofs: Callable[[Subject, str], Iterator[dict[str, Any]]],
+    proofs: Callable[[TinyPair, str], Iterator[dict[str, Any]]],
     family: str,
     kernel: str,
     device: torch.device,
@@ -171,14 +173,14 @@ def checks_of(
     """What is proved of a model; one that cannot be built is a failure of its own."""
     where = f"{family}, {kernel}"
     try:
-        subject = Subject.built(family, kernel, device, dtype)
+        subject = TinyPair.built(family, kernel, device, dtype)
     except Exception as failure:
         yield noted("built", where, None, 0.0, said(failure))
         return
     yield from proofs(subject, where)
 
 
-def laws_of(subject: Subject, where: str) -> Iterator[dict[str, Any]]:
+def laws_of(subject: TinyPair, where: str) -> Iterator[dict[str, Any]]:
     """The laws under each pruner, and how far rounding alone goes."""
     yield checked("rounding alone", where, TOLERANCE, worst, subject.rounding, subject)
     for pruner in KEEP_ALL:
@@ -191,7 +193,7 @@ def laws_of(subject: Subject, where: str) -> Iterator[dict[str, Any]]:
         yield checked("batch", here, TOLERANCE, proof.batch)
 
 
-def company(subject: Subject, where: str) -> Iterator[dict[str, Any]]:
+def company(subject: TinyPair, where: str) -> Iterator[dict[str, Any]]:
     """What an attached model shares a GPU with: threads on streams of their own, compiled models."""
     where += ", float32"
     yield checked("two threads, two streams", where, 1e-4, in_threads, subject.model, subject.samples[:2])
@@ -215,12 +217,12 @@ def noted(law: str, where: str, error: float | None, limit: float, reason: str |
     return {"law": law, "where": where, "error": error, "limit": limit, "passed": passed, "reason": reason}
 
 
-def worst(prove: Callable[[dict[str, Tensor]], float], subject: Subject) -> float:
+def worst(prove: Callable[[dict[str, Tensor]], float], subject: TinyPair) -> float:
     """The largest of the samples' errors, NaN if one is."""
     return float(torch.tensor([prove(sample) for sample in subject.samples]).max())
 
 
-def kept_all(subject: Subject, pruner: Pruner) -> float:
+def kept_all(subject: TinyPair, pruner: Pruner) -> float:
     """Law 1: how far keeping everything moves any logit."""
     model, batch = subject.model, subject.batch
     real = batch["attention_mask"].bool()
@@ -234,28 +236,27 @@ def kept_all(subject: Subject, pruner: Pruner) -> float:
 class Proof:
     """A pruner on a model, against the same weights on eager attention where the dropped keys are masked."""
 
-    def __init__(self, subject: Subject, pruner: Pruner):
+    def __init__(self, subject: TinyPair, pruner: Pruner):
         self.subject, self.model, self.slow, self.pruner = subject, subject.model, subject.slow, pruner
-        self.oracles = _of_tests("oracles")
 
     def knocked_out(self, sample: dict[str, Tensor]) -> float:
         """Law 2: pruning is masking the dropped keys from their layer on."""
         with attach(self.model, self.pruner) as trace, torch.no_grad():
             logits = self.model(**sample).logits[0]
         text = ~trace.layout.image[0]
-        expected, _ = self.oracles.masked_forward(self.slow, sample, self._dropped(trace, sample))
+        expected, _ = oracles.masked_forward(self.slow, sample, self._dropped(trace, sample))
         return _error(logits[text], expected[text])
 
     def cached_step(self, sample: dict[str, Tensor]) -> float:
         """Law 3: a token read on the pruned cache sees what it would see with the dropped keys masked."""
-        places = self.oracles.generation_positions(self.slow, sample, 2)
-        longer = self.oracles.extend(self.slow, sample, 5)
+        places = oracles.generation_positions(self.slow, sample, 2)
+        longer = oracles.extend(self.slow, sample, 5)
         with attach(self.model, self.pruner) as trace, torch.no_grad():
             cache = self.model(**sample, use_cache=True).past_key_values
             token = {"input_ids": longer["input_ids"][:, -1:], "attention_mask": longer["attention_mask"]}
             step = self.model(**token, past_key_values=cache, **_position(places, first=-1)).logits[0, -1]
         dropped = self._dropped(trace, sample)
-        return _error(step, self.oracles.masked_forward(self.slow, longer, dropped, places)[0][-1])
+        return _error(step, oracles.masked_forward(self.slow, longer, dropped, places)[0][-1])
 
     def cache_lengths(self, sample: dict[str, Tensor]) -> float:
         """Law 8: by how many slots any layer's cache is off its schedule."""
@@ -269,12 +270,12 @@ class Proof:
     def batch(self) -> float:
         """Law 4: in a ragged batch, a sample is what it is alone with the keys masked that the batch dropped."""
         together, errors = self.subject.batch, []
-        places = self.oracles.generation_positions(self.slow, together, 1)
+        places = oracles.generation_positions(self.slow, together, 1)
         with attach(self.model, self.pruner) as trace, torch.no_grad():
             logits = self.model(**together, **_position(places)).logits[:, -1]
         for number, sample in enumerate(self.subject.samples):
             dropped = self._dropped(trace, sample, number)
-            errors.append(_error(logits[number], self.oracles.masked_forward(self.slow, sample, dropped)[0][-1]))
+            errors.append(_error(logits[number], oracles.masked_forward(self.slow, sample, dropped)[0][-1]))
         return float(torch.tensor(errors).max())
 
     def _dropped(self, trace: Any, sample: dict[str, Tensor], number: int = 0) -> dict[int, set[int]]:
@@ -282,7 +283,7 @@ class Proof:
         padding = len(image) - sample["input_ids"].shape[1]
         layers = [stage.layer for stage in self.pruner.stages(trace.n_layers, int(image.sum()))]
         kept = {layer: (trace.kept[layer][number] - padding).tolist() for layer in layers}
-        return self.oracles.drops(self.slow, sample, kept)
+        return oracles.drops(self.slow, sample, kept)
 
 
 def in_threads(model: Any, samples: list[dict[str, Tensor]]) -> float:
@@ -367,12 +368,6 @@ def _answers(vlm: VLM, questions: list[Question], pruner: Pruner) -> Iterator[st
         for first in range(0, len(questions), BATCH):
             inputs = vlm.encode(questions[first : first + BATCH])
             yield from (answer.text for answer in vlm.generate(inputs, TASKS["pico"].max_new_tokens))
-
-
-def _of_tests(name: str) -> Any:
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
-    return __import__(name)
 
 
 def _position(places: Tensor | None, first: int = 0) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench import ROOT
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.latency import Protocol, Request, compare, machine, synchronize
@@ -28,7 +29,7 @@ from vlmflow.synthetic import random_model, random_prompt
 TINY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=4, head_dim=16, vocab=300)
 SIDE = 24  # of an image, in tokens: 576
 SHRINK = 6  # of that side in a dry run
-FOLDER = Path(__file__).parents[1] / "docs" / "performance"
+FOLDER = ROOT / "docs" / "performance"
 TEXT = 60
 TIMED = 4  # of the bare layers that get as many rows
 LIMIT = 480  # seconds that a stage may take
@@ -183,7 +184,7 @@ def main(
             continue
         finally:
             release()
-        record |= {"command": " ".join(["python", f"bench/{name}.py", stage]), "dry": options.dry}
+        record |= {"command": " ".join(["python", "-m", f"bench.{name}", stage]), "dry": options.dry}
         record |= {"versions": versions(), "seconds": round(time.perf_counter() - start, 1)}
         write_json(options.out / f"{name}-{stage}.json", record)
         print(f"{name} {stage}: {record['seconds']} s, wrote {options.out / f'{name}-{stage}.json'}", flush=True)

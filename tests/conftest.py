@@ -11,6 +11,6 @@ from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the suite needs no network, and must not wait for one
 checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # a whole number is a float
-install_import_hook("vlmflow", "conftest.checked")
+install_import_hook(["vlmflow", "recipes"], "conftest.checked")
 torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the tolerances are float32's

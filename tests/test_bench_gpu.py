@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import importlib
 import json
 import sys
 from collections import Counter
@@ -14,34 +13,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
-from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, prune
+from bench import gpu, gpu_figures, gpu_proofs, stages
+from docs.make import performance
+from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, latency, prune
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.pruners import Unpruned
 
 TESTS = Path(__file__).parent
-BENCH = TESTS.parent / "bench"
 PRUNERS = [HiMAP(2, 0.5, 4, 0.5), FastV(2, 0.6), PyramidDrop((2, 4), 0.5), VTW(3), Random(2, 0.5), Uniform(2, 0.5)]
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """Import a script of the folder."""
-    sys.path.insert(0, str(BENCH))
-    yield importlib.import_module
-    sys.path.remove(str(BENCH))
-
-
-def run(bench, folder, *arguments):
-    gpu = bench("gpu")
+def run(folder, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gpu.py", "--out", str(folder), *arguments])
-        bench("stages").main("gpu", gpu.STAGES, gpu.__doc__, gpu.refused)
+        stages.main("gpu", gpu.STAGES, gpu.__doc__, gpu.refused)
 
 
 @pytest.fixture(scope="module")
-def files(bench, tmp_path_factory):
+def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("performance")
-    run(bench, folder, "--dry")
+    run(folder, "--dry")
     return folder
 
 
@@ -50,12 +41,12 @@ def record(files, stage):
 
 
 @pytest.fixture(scope="module")
-def model(bench):
-    return bench("gpu_figures").subject("llava-1.5-7b", dry=True)
+def model():
+    return gpu_figures.subject("llava-1.5-7b", dry=True)
 
 
-def test_every_stage_writes_its_file(bench, files):
-    assert {path.stem for path in files.iterdir()} == {f"gpu-{stage}" for stage in bench("gpu").STAGES}
+def test_every_stage_writes_its_file(files):
+    assert {path.stem for path in files.iterdir()} == {f"gpu-{stage}" for stage in gpu.STAGES}
 
 
 def test_laws(files):
@@ -85,9 +76,9 @@ def test_pico_answers_as_on_the_cpu(files):
     assert [(row["method"], row["identical"]) for row in record(files, "pico")["rows"]] == [("none", 1), ("himap", 1)]
 
 
-def test_without_cuda_there_is_nothing_to_run(bench, tmp_path, monkeypatch, capsys):
+def test_without_cuda_there_is_nothing_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run(bench, tmp_path)
+    run(tmp_path)
     said = capsys.readouterr().out
     assert "gpu laws: cannot run here: torch sees no CUDA device" in said
     assert "transformers" in said
@@ -95,8 +86,7 @@ def test_without_cuda_there_is_nothing_to_run(bench, tmp_path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_that_cannot_run_says_why(bench):
-    gpu = bench("gpu")
+def test_a_stage_that_cannot_run_says_why():
     assert gpu.reasons(False, 80 << 30, []) == {}
     small = gpu.reasons(False, 16 << 30, ["peft"])
     assert small.keys() == {"laws", "prefill-13b", "protocols"}
@@ -105,26 +95,25 @@ def test_a_stage_that_cannot_run_says_why(bench):
     assert "laws" in gpu.reasons(True, None, ["pytest"])
 
 
-def test_the_weights_are_those_of_the_model(bench, model):
+def test_the_weights_are_those_of_the_model(model):
     weights = sum(weight.nbytes for weight in model.model.language_model.parameters()) + model.lm_head.weight.nbytes
     norms = sum(weight.nbytes for name, weight in model.model.language_model.named_parameters() if "norm" in name)
-    assert bench("gpu").weight_bytes(Geometry.from_config(model.config)) == weights - norms
-    assert 12 < bench("gpu").weight_bytes(GEOMETRIES["llava-1.5-7b"]) / 2**30 < 13
+    assert gpu.weight_bytes(Geometry.from_config(model.config)) == weights - norms
+    assert 12 < gpu.weight_bytes(GEOMETRIES["llava-1.5-7b"]) / 2**30 < 13
 
 
-def test_a_failing_stage_does_not_keep_the_next_from_running(bench, tmp_path, monkeypatch, capsys):
+def test_a_failing_stage_does_not_keep_the_next_from_running(tmp_path, monkeypatch, capsys):
     def fail(dry):
         raise ValueError("on purpose")
 
     monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="failed: first"):
-        bench("stages").main("x", {"first": fail, "second": lambda dry: {}}, "")
+        stages.main("x", {"first": fail, "second": lambda dry: {}}, "")
     assert [path.name for path in tmp_path.iterdir()] == ["x-second.json"]
     assert "on purpose" in capsys.readouterr().err
 
 
-def test_what_a_stage_counts_as_failed_ends_in_an_error(bench, tmp_path, monkeypatch, capsys):
-    stages = bench("stages")
+def test_what_a_stage_counts_as_failed_ends_in_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x.py", "--out", str(tmp_path)])
     monkeypatch.setattr(stages, "LIMIT", -1)
     with pytest.raises(SystemExit, match="failed: first"):
@@ -139,11 +128,10 @@ class TestOutOfMemory:
     """A cell that does not fit is a figure."""
 
     @pytest.fixture
-    def limited(self, bench, monkeypatch):
+    def limited(self, monkeypatch):
         """No room for the methods of these classes."""
 
         def limit(*classes):
-            figures, latency = bench("gpu_figures"), importlib.import_module("vlmflow.latency")
             real = latency.run
 
             def limited(model, request, pruner):
@@ -151,8 +139,8 @@ class TestOutOfMemory:
                     raise torch.OutOfMemoryError("on purpose")
                 return real(model, request, pruner)
 
-            monkeypatch.setattr(figures, "run", limited)
-            return figures
+            monkeypatch.setattr(gpu_figures, "run", limited)
+            return gpu_figures
 
         return limit
 
@@ -161,19 +149,19 @@ class TestOutOfMemory:
         assert found["does_not_fit"] == ["fastv"]
         assert list(found["methods"]) == ["none", "himap"]
 
-    def test_of_the_unpruned_run(self, limited, bench, model):
+    def test_of_the_unpruned_run(self, limited, model):
         found = limited(Unpruned).cell(model, {"himap": PRUNERS[0]}, 576, 2, 1, new_tokens=2, dry=True)
         assert found["does_not_fit"] == ["none"]
         assert found["methods"] == {}
         assert found["alone"]["himap"]["seconds"]["ttft"] > 0
         whole = page_record(points=[found], work=[], largest=[])
-        assert "| none | does not fit |" in bench("report").gpu_prefill(whole)
-        assert "| 2 x 16 | none | does not fit |" in bench("report").gpu_decode(whole)
+        assert "| none | does not fit |" in performance.gpu_prefill(whole)
+        assert "| 2 x 16 | none | does not fit |" in performance.gpu_decode(whole)
 
-    def test_of_all_methods_side_by_side(self, bench, model, monkeypatch):
+    def test_of_all_methods_side_by_side(self, model, monkeypatch):
         """What fitted alone stands alone; of a method that then no longer fits, the first run counts."""
-        figures, stages, seen = bench("gpu_figures"), bench("stages"), []
-        real = figures.run
+        seen = []
+        real = gpu_figures.run
 
         def limited(model, request, pruner):
             seen.append(type(pruner))
@@ -184,32 +172,31 @@ class TestOutOfMemory:
         def full(*_, **__):
             raise torch.OutOfMemoryError("on purpose")
 
-        monkeypatch.setattr(figures, "run", limited)
+        monkeypatch.setattr(gpu_figures, "run", limited)
         monkeypatch.setattr(stages, "measure", full)
-        found = figures.cell(model, {"himap": PRUNERS[0], "fastv": PRUNERS[1]}, 576, 2, 1, dry=True)
+        found = gpu_figures.cell(model, {"himap": PRUNERS[0], "fastv": PRUNERS[1]}, 576, 2, 1, dry=True)
         assert found["does_not_fit"] == []
         assert list(found["alone"]) == ["none", "himap", "fastv"]
         assert seen == [Unpruned, HiMAP, FastV] * 2
         found["name"] = "tiny"
-        assert "| tiny | deployed | fastv |" in bench("report").gpu_protocols(page_record(points=[found]))
+        assert "| tiny | deployed | fastv |" in performance.gpu_protocols(page_record(points=[found]))
 
-    def test_of_what_is_asked_of_the_device(self, bench, monkeypatch):
-        figures = bench("gpu_figures")
+    def test_of_what_is_asked_of_the_device(self, monkeypatch):
 
         def full(*_):
             raise torch.OutOfMemoryError("on purpose")
 
-        monkeypatch.setattr(figures, "asked_of_device", full)
-        monkeypatch.setattr(figures, "PREFILLS", ())
-        found = figures.prefill(True, "llava-1.5-7b")
+        monkeypatch.setattr(gpu_figures, "asked_of_device", full)
+        monkeypatch.setattr(gpu_figures, "PREFILLS", ())
+        found = gpu_figures.prefill(True, "llava-1.5-7b")
         assert [set(work["methods"].values()) for work in found["work"]] == [{None}] * 2
-        assert "| himap | does not fit |" in bench("report").gpu_prefill(page_record(**found))
+        assert "| himap | does not fit |" in performance.gpu_prefill(page_record(**found))
 
-    def test_other_errors_are_not_hidden(self, bench):
+    def test_other_errors_are_not_hidden(self):
         def fail(error):
             raise error
 
-        attempt = bench("stages").attempt
+        attempt = stages.attempt
         assert attempt(lambda: 3) == 3
         assert attempt(lambda: fail(torch.OutOfMemoryError("full"))) is None
         for said in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED"):
@@ -218,9 +205,8 @@ class TestOutOfMemory:
             attempt(lambda: fail(RuntimeError("shapes")))
 
     @pytest.mark.parametrize("most", [0, 1, 3, 6, 11, 14])
-    def test_of_the_largest_batch(self, bench, model, monkeypatch, most):
+    def test_of_the_largest_batch(self, model, monkeypatch, most):
         """Found exactly, whether the cost model says too much or too little."""
-        figures = bench("gpu_figures")
         sizes = []
 
         def limited(_model, request, _pruner):
@@ -228,14 +214,14 @@ class TestOutOfMemory:
             if sizes[-1] > most:
                 raise torch.OutOfMemoryError("on purpose")
 
-        monkeypatch.setattr(figures, "run", limited)
-        found = figures.largest_batch(model, Unpruned(), 576, dry=True)
+        monkeypatch.setattr(gpu_figures, "run", limited)
+        found = gpu_figures.largest_batch(model, Unpruned(), 576, dry=True)
         assert sizes[0] == found["computed"] == found["free_bytes"] // found["prompt_bytes"] == 8
         assert (found["ran"], found["too_many"]) == (most, most + 1)
-        assert len(sizes) <= figures.TRIES
+        assert len(sizes) <= gpu_figures.TRIES
 
-    def test_a_prompt_needs_the_caches_so_far_and_one_layer(self, bench):
-        geometry, prompt_bytes = Geometry(10, 7, 4, 2, 2, 5, 9), bench("gpu_figures").prompt_bytes
+    def test_a_prompt_needs_the_caches_so_far_and_one_layer(self):
+        geometry, prompt_bytes = Geometry(10, 7, 4, 2, 2, 5, 9), gpu_figures.prompt_bytes
         row, cache = (8 * 10 + 3 * 7) * 2, 2 * 10 * 2  # bytes a token, in two bytes a number
         assert prompt_bytes(geometry, Unpruned(), 100, 2) == 160 * row + 4 * 161 * cache
         assert prompt_bytes(geometry, VTW(1), 100, 2) == 160 * row + 161 * cache  # the first layer is the widest
@@ -247,80 +233,77 @@ class TestProofs:
     """What is wrong is seen, counted and told."""
 
     @pytest.fixture
-    def proofs(self, bench):
-        return bench("gpu_proofs")
+    def subject(self):
+        return gpu_proofs.TinyPair.built("llava", "sdpa", torch.device("cpu"), torch.bfloat16)
 
-    @pytest.fixture
-    def subject(self, proofs):
-        return proofs.Subject.built("llava", "sdpa", torch.device("cpu"), torch.bfloat16)
-
-    def test_a_key_too_many_in_the_reference(self, proofs, subject, monkeypatch):
-        proof = proofs.Proof(subject, FastV(2, 0.6))
-        assert proofs.worst(proof.knocked_out, subject) < proofs.TOLERANCE
-        assert proof.batch() < proofs.TOLERANCE
-        real = proofs.Proof._dropped
+    def test_a_key_too_many_in_the_reference(self, subject, monkeypatch):
+        proof = gpu_proofs.Proof(subject, FastV(2, 0.6))
+        assert gpu_proofs.worst(proof.knocked_out, subject) < gpu_proofs.TOLERANCE
+        assert proof.batch() < gpu_proofs.TOLERANCE
+        real = gpu_proofs.Proof._dropped
 
         def one_less(*args):
             return {layer: set(sorted(gone)[:-1]) for layer, gone in real(*args).items()}
 
-        monkeypatch.setattr(proofs.Proof, "_dropped", one_less)
-        assert proofs.worst(proof.knocked_out, subject) > proofs.TOLERANCE
+        monkeypatch.setattr(gpu_proofs.Proof, "_dropped", one_less)
+        assert gpu_proofs.worst(proof.knocked_out, subject) > gpu_proofs.TOLERANCE
 
-    def test_a_sample_of_the_batch_that_is_another(self, proofs, subject, monkeypatch):
-        real = proofs.Proof._dropped
-        monkeypatch.setattr(proofs.Proof, "_dropped", lambda self, trace, sample, _: real(self, trace, sample, 0))
-        assert (
-            proofs.checked("batch", "", proofs.TOLERANCE, proofs.Proof(subject, FastV(2, 0.6)).batch)["passed"] is False
-        )
+    def test_a_sample_of_the_batch_that_is_another(self, subject, monkeypatch):
+        real = gpu_proofs.Proof._dropped
+        monkeypatch.setattr(gpu_proofs.Proof, "_dropped", lambda self, trace, sample, _: real(self, trace, sample, 0))
+        proof = gpu_proofs.Proof(subject, FastV(2, 0.6))
+        assert gpu_proofs.checked("batch", "", gpu_proofs.TOLERANCE, proof.batch)["passed"] is False
 
-    def test_a_model_that_cannot_be_built(self, proofs):
-        (check,) = proofs.checks_of(proofs.laws_of, "llava", "no_kernel", torch.device("cpu"), torch.bfloat16)
+    def test_a_model_that_cannot_be_built(self):
+        (check,) = gpu_proofs.checks_of(gpu_proofs.laws_of, "llava", "no_kernel", torch.device("cpu"), torch.bfloat16)
         assert (check["law"], check["where"], check["passed"]) == ("built", "llava, no_kernel", False)
         assert "no_kernel" in check["reason"]
 
-    def test_an_exception_without_words_and_one_of_many_lines(self, proofs):
-        assert proofs.said(ValueError()) == "ValueError: "
-        assert proofs.said(ValueError("backend raised:\n  no Triton")) == "ValueError: backend raised: no Triton"
+    def test_an_exception_without_words_and_one_of_many_lines(self):
+        assert gpu_proofs.said(ValueError()) == "ValueError: "
+        assert gpu_proofs.said(ValueError("backend raised:\n  no Triton")) == "ValueError: backend raised: no Triton"
 
-    def test_nan_is_no_small_error(self, proofs, subject):
+    def test_nan_is_no_small_error(self, subject):
         errors = iter([0.0, float("nan"), 0.0, 0.0])
-        assert proofs.checked("x", "", 0.1, proofs.worst, lambda _: next(errors), subject)["passed"] is False
+        assert gpu_proofs.checked("x", "", 0.1, gpu_proofs.worst, lambda _: next(errors), subject)["passed"] is False
 
-    def test_what_cannot_be_tried_is_no_failure(self, bench, proofs, subject, monkeypatch):
+    def test_what_cannot_be_tried_is_no_failure(self, subject, monkeypatch):
         def refuse(*_, **__):
             raise RuntimeError("no Triton")
 
         monkeypatch.setattr(torch, "compile", lambda model, backend: refuse)
-        check = proofs.checked("compiled beside", "", 1e-4, proofs.compiled_beside, subject.model, subject.samples[0])
+        check = gpu_proofs.checked(
+            "compiled beside", "", 1e-4, gpu_proofs.compiled_beside, subject.model, subject.samples[0]
+        )
         assert (check["passed"], check["reason"]) == (None, "RuntimeError: no Triton")
-        page = bench("report").bfloat16_laws(page_record(checks=[check], kernels_left_out={"flash": "not installed"}))
+        page = performance.bfloat16_laws(page_record(checks=[check], kernels_left_out={"flash": "not installed"}))
         assert page.endswith(
             "Cannot be tried here:\n\n- flash: not installed\n- compiled beside: RuntimeError: no Triton"
         )
 
-    def test_kernels_that_are_not_installed(self, proofs):
-        reasons = proofs.installed()
+    def test_kernels_that_are_not_installed(self):
+        reasons = gpu_proofs.installed()
         assert (reasons["sdpa"], reasons["eager"]) == (None, None)
         if not torch.cuda.is_available():
             assert "FlashAttention2" in reasons["flash_attention_2"]
 
     @pytest.mark.parametrize("code", [0, 1, 2, 5])
     @pytest.mark.parametrize("failed", [False, True])
-    def test_pytests_exit_code(self, proofs, monkeypatch, failed, code):
+    def test_pytests_exit_code(self, monkeypatch, failed, code):
         """A code that the report does not explain: the session ended before its tests did."""
         wrong = '<failure message="no"/>' if failed else ""
         case = f'<testsuites><testcase classname="test_kernels" name="test_a">{wrong}</testcase></testsuites>'
-        failures = self.laws(proofs, monkeypatch, case, code)["failures"]
+        failures = self.laws(monkeypatch, case, code)["failures"]
         assert ("test_kernels::test_a" in failures) == failed
         assert ("pytest" in failures) == (code != failed)
 
-    def test_a_law_file_that_did_not_run(self, proofs, monkeypatch):
-        found = self.laws(proofs, monkeypatch, "<testsuites/>", 0)
+    def test_a_law_file_that_did_not_run(self, monkeypatch):
+        found = self.laws(monkeypatch, "<testsuites/>", 0)
         assert found["failures"] == {"test_kernels": "none of its tests ran"}
         assert found["failed"] == 1
 
     @staticmethod
-    def laws(proofs, monkeypatch, report, code):
+    def laws(monkeypatch, report, code):
         """The record of a dry run whose pytest left this report and this exit code."""
 
         def run(command, **how):
@@ -329,10 +312,10 @@ class TestProofs:
             Path(path.partition("=")[2]).write_text(report)
             return CompletedProcess(command, code, stdout="said", stderr="")
 
-        monkeypatch.setattr(proofs.subprocess, "run", run)
-        return proofs.laws(dry=True)
+        monkeypatch.setattr(gpu_proofs.subprocess, "run", run)
+        return gpu_proofs.laws(dry=True)
 
-    def test_pytests_report_is_counted_by_file(self, proofs, tmp_path):
+    def test_pytests_report_is_counted_by_file(self, tmp_path):
         report = tmp_path / "report.xml"
         report.write_text(
             '<testsuites><testsuite><testcase classname="test_laws" name="a"/>'
@@ -341,26 +324,26 @@ class TestProofs:
             '<testcase classname="" name="tests.test_tap"><error message="collection failure"/></testcase>'
             "</testsuite></testsuites>"
         )
-        files, failures = proofs.counted(report)
+        files, failures = gpu_proofs.counted(report)
         assert files["test_laws"] == {"passed": 1, "failed": 1, "skipped": 0}
         assert files["test_attach"] == {"passed": 0, "failed": 0, "skipped": 1}
         assert files["test_tap"] == {"passed": 0, "failed": 1, "skipped": 0}
         assert failures == {"test_laws::b": "no", "test_tap::tests.test_tap": "collection failure"}
 
-    def test_too_few_of_picos_answers(self, proofs, monkeypatch):
+    def test_too_few_of_picos_answers(self, monkeypatch):
         answers = iter([["a", "b"], ["a", "b"], ["a", "b"], ["a", "c"]])  # here and there, unpruned; then pruned
-        monkeypatch.setattr(proofs, "_answers", lambda *_: next(answers))
-        found = proofs.pico(dry=True)
+        monkeypatch.setattr(gpu_proofs, "_answers", lambda *_: next(answers))
+        found = gpu_proofs.pico(dry=True)
         assert [row["identical"] for row in found["rows"]] == [1, 0.5]
         assert found["failed"] == 1
 
 
-def test_law_files_make_tensors_where_the_models_are(bench):
+def test_law_files_make_tensors_where_the_models_are():
     """``VLMFLOW_DEVICE`` may be a GPU. What selects rows of a cache may come from anywhere."""
     makers = {f"torch.{name}" for name in ("arange", "full", "ones", "randint", "randn", "tensor", "zeros")}
     calls = {
         f"{name}, line {call.lineno}: {ast.unparse(call)}"
-        for name in bench("gpu_proofs").FILES
+        for name in gpu_proofs.FILES
         for call in ast.walk(ast.parse((TESTS / f"{name}.py").read_text()))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in makers
     }
@@ -368,10 +351,10 @@ def test_law_files_make_tensors_where_the_models_are(bench):
     assert len(calls) > 10
 
 
-def test_events_are_sorted_by_name(bench):
+def test_events_are_sorted_by_name():
     events = {"aten::mm": 3, "cudaLaunchKernel": 2, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 4, "mm_kernel": 9}
     events |= {"cudaStreamSynchronize": 5, "cudaDeviceSynchronize": 7}
-    assert bench("gpu_figures").counted(events) == {"operations": 3, "launches": 3, "copies": 4, "waits": 5}
+    assert gpu_figures.counted(events) == {"operations": 3, "launches": 3, "copies": 4, "waits": 5}
 
 
 def page_record(**more):
@@ -380,7 +363,7 @@ def page_record(**more):
     return of_any | {"versions": {"torch": "", "transformers": ""}} | more
 
 
-def test_the_page_says_which_targets_are_met(bench):
+def test_the_page_says_which_targets_are_met():
     def one(value, low, high, promised=1.0):
         speedup = {"ttft": {"value": value, "low": low, "high": high}}
         return {"seconds": {"ttft": 1.0}, "speedup": speedup, "promised": promised, "peak_bytes": None}
@@ -392,8 +375,7 @@ def test_the_page_says_which_targets_are_met(bench):
         "methods": methods | {"fastv": one(1, 0.9, 1.1, 2.0), "vtw": one(0.9, 0.8, 0.95, 2.0)},
     }
     points = [small, setting | {"batch": 8, "methods": methods | {"fastv": one(1.7, 1.6, 1.8, 2.0)}}]
-    report = bench("report")
-    page = report.gpu_prefill(page_record(name=report.TARGETED, points=points, work=[]))
+    page = performance.gpu_prefill(page_record(name=performance.TARGETED, points=points, work=[]))
     assert "No sure gain here: fastv." in page
     assert "Slower here: vtw." in page
     assert page.endswith(
@@ -402,24 +384,23 @@ def test_the_page_says_which_targets_are_met(bench):
         "- at batch 1, keeping all adds at most 3%: missed by keep all at 1 x 576 (4.2%)\n"
         "- nowhere surely slower than unpruned: missed by vtw at 1 x 576 (95.0%)"
     )
-    assert report.targets(points[1:])[1:] == [
+    assert performance.targets(points[1:])[1:] == [
         "- at batch 1, keeping all adds at most 3%: not measured",
         "- nowhere surely slower than unpruned: met",
     ]
-    assert "Targets" not in report.gpu_prefill(page_record(points=points, work=[]))
+    assert "Targets" not in performance.gpu_prefill(page_record(points=points, work=[]))
 
 
-def test_the_page_has_the_gpus_figures(bench, files, tmp_path):
-    report = bench("report")
+def test_the_page_has_the_gpus_figures(files, tmp_path):
     for path in files.iterdir():
         (tmp_path / path.name).write_text(json.dumps(json.loads(path.read_text()) | {"dry": False}))
-    page = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in report.BLOCKS)
-    filled = report.filled(page, tmp_path)
-    assert filled.count("Never run") == len(report.CPU)
+    page = "\n".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->" for name in performance.BLOCKS)
+    filled = performance.filled(page, tmp_path)
+    assert filled.count("Never run") == len(performance.CPU)
     assert "| test_kernels | 4 | 0 | 0 |" in filled
     assert "Batch 1, 16 image tokens:" in filled
     assert "| 3000 | naive |" in filled
-    assert report.filled(page, files).count("Never run") == len(report.BLOCKS)
+    assert performance.filled(page, files).count("Never run") == len(performance.BLOCKS)
 
 
 # -- the device is the model's: checked on "meta", a device without memory, where any tensor left behind shows

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmflow.pico import MODEL_DIR, checksum
-from vlmflow.pico.batches import IGNORE, collate, encode_question, opening_ids, scene_example
-from vlmflow.pico.blockwise import use_blocks
-from vlmflow.pico.learning import (
+from recipes.pico.batches import IGNORE, collate, encode_question, opening_ids, scene_example
+from recipes.pico.blockwise import use_blocks
+from recipes.pico.learning import (
     HALF_WAY,
     TaughtWords,
     answer_labels,
@@ -21,11 +20,13 @@ from vlmflow.pico.learning import (
     see,
     verdict_loss,
 )
-from vlmflow.pico.model import build_model, build_processor, resize_positions, save_folder
-from vlmflow.pico.muon import Muon, orthogonalise
-from vlmflow.pico.questions import KINDS, Question
-from vlmflow.pico.scenes import COLOUR_NAMES, NAMES, PATCH
-from vlmflow.pico.text import EASY_VQA_WORDS, build_tokenizer
+from recipes.pico.model import build_model, build_processor, checksum, resize_positions, save_folder
+from recipes.pico.muon import Muon, orthogonalise
+from recipes.pico.patches import PATCH
+from recipes.pico.text import EASY_VQA_WORDS, build_tokenizer
+from vlmflow.pico import MODEL_DIR
+from vlmflow.pico.questions import KINDS, SceneQuestion
+from vlmflow.pico.scenes import COLOUR_NAMES, NAMES
 
 CANVAS = 96
 
@@ -121,7 +122,7 @@ def test_blocks_equal_separate_prompts_through_the_stock_model(examples):
 
 def test_options_are_judged_word_by_word():
     tokenizer = build_tokenizer()
-    question = Question(
+    question = SceneQuestion(
         "choice_position", "Where is the cat? A. top left B. top right", ("B",), ("top left", "top right")
     )
     ids, _, verdicts = encode_question(tokenizer, question)

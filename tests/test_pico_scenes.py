@@ -1,25 +1,53 @@
 """Pico's world: scenes are pure functions of seeds, and every question about them has a true answer."""
 
 import random
+import subprocess
+import sys
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from recipes.pico import glyphs
+from recipes.pico.patches import PATCH, patch_labels
 from vlmflow.pico import samples
-from vlmflow.pico.questions import KINDS, KNOWLEDGE, LETTERS, PLACES, Question
+from vlmflow.pico.questions import CHOICE_LETTERS, KINDS, KNOWLEDGE, PLACES, SceneQuestion
 from vlmflow.pico.scenes import (
     COLOUR_NAMES,
+    GLYPHS,
     HELD_PAIRS,
     NAMES,
-    PATCH,
     THEME_OF,
     Scene,
     make_scene,
-    patch_labels,
 )
 
 SEEDS = range(40)
+DRAWN = {  # SHA-256 of the pixels, as DejaVu Sans itself drew them
+    ("train", 0, 192, (2, 12)): "2a8dfa402f4f677c",
+    ("train", 1, 192, (2, 12)): "0e83a72ff70f6c4c",
+    ("train", 2, 192, (2, 12)): "3473cb8550c9161c",
+    ("train", 3, 192, (2, 12)): "35f2a22160536b6d",
+    ("train", 4, 192, (2, 12)): "8a5be9d1d9cc8e01",
+    ("held_out", 1000000, 192, (2, 12)): "119df058cc13ba4f",
+    ("held_out", 1000001, 192, (2, 12)): "30e0944303633424",
+    ("held_out", 1000002, 192, (2, 12)): "5fe037f7e82cc992",
+    ("held_out", 1000003, 192, (2, 12)): "0df80ae934f90f0a",
+    ("held_out", 1000004, 192, (2, 12)): "77d4e350cba81779",
+    ("new_pairs", 1000000, 192, (2, 12)): "6c6b3c6b1db8865a",
+    ("new_pairs", 1000001, 192, (2, 12)): "5479d6ff97b50c28",
+    ("new_pairs", 1000002, 192, (2, 12)): "4a3f87bd8b184393",
+    ("new_pairs", 1000003, 192, (2, 12)): "0beafcffece0a941",
+    ("new_pairs", 1000004, 192, (2, 12)): "84506aafb0c46fec",
+    ("train", 0, 56, (1, 3)): "d894d35969955c46",
+    ("train", 1, 56, (1, 3)): "f200cfb866e94ffb",
+    ("train", 2, 56, (1, 3)): "c3527ec25fd24b3d",
+    ("train", 0, 96, (2, 5)): "25cb9913f8e00235",
+    ("train", 1, 96, (2, 5)): "4691c7939ed1123c",
+    ("train", 2, 96, (2, 5)): "39240c7c2fd835bf",
+}
 
 
 def scenes(split: str = "train") -> list[Scene]:
@@ -31,6 +59,26 @@ def test_a_scene_is_a_function_of_its_seed():
     assert np.array_equal(first.pixels, again.pixels)
     assert first.things == again.things
     assert not np.array_equal(first.pixels, other.pixels)
+
+
+def test_scenes_are_drawn_as_when_pico_was_trained():
+    assert {scene: sha256(make_scene(*scene).pixels.tobytes()).hexdigest()[:16] for scene in DRAWN} == DRAWN
+
+
+def test_the_shipped_pictographs_are_those_of_the_recipe():
+    """To the outline: how grey its edge is hangs on the version of FreeType."""
+    with Image.open(GLYPHS) as shipped:
+        greys = np.abs(np.asarray(shipped, int) - np.asarray(glyphs.sheet(), int))
+    assert (greys > 64).mean() < 1e-3
+
+
+def test_drawing_a_scene_needs_no_matplotlib():
+    code = (
+        "import sys; from vlmflow.tasks import TASKS; sample = TASKS['pico'].samples(limit=1)[0]; "
+        "print(sample.images[0].open().size, *({'matplotlib'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "(192, 192)"
 
 
 def test_splits_share_no_scene():
@@ -91,7 +139,7 @@ def test_patch_labels_say_what_a_patch_shows():
     assert labels.centre.sum() == len(scene.things)
 
 
-def is_true(question: Question, scene: Scene) -> bool:
+def is_true(question: SceneQuestion, scene: Scene) -> bool:
     """Check an answer from the words of the question alone."""
     names, colours = [t.name for t in scene.things], [t.colour for t in scene.things]
     pairs = set(zip(names, colours, strict=True))
@@ -99,7 +147,7 @@ def is_true(question: Question, scene: Scene) -> bool:
     asked, _, options = question.text.partition("? A. ")
     if options:
         parts = ("A. " + options).split(". ")[1:]
-        listed = {x: part.removesuffix(f" {y}") for x, y, part in zip(LETTERS, "BCD.", parts, strict=True)}
+        listed = {x: part.removesuffix(f" {y}") for x, y, part in zip(CHOICE_LETTERS, "BCD.", parts, strict=True)}
         answer, words = listed[answer], asked.split()
     match question.kind:
         case "exist_random" | "exist_popular" | "exist_adversarial":
@@ -150,7 +198,7 @@ def test_answers_are_true_and_varied(kind: str):
     if kind.startswith("exist"):
         assert 0.35 < answers["yes"] / answers.total() < 0.65
     if kind.startswith("choice"):
-        assert all(0.15 < answers[letter] / answers.total() < 0.35 for letter in LETTERS)
+        assert all(0.15 < answers[letter] / answers.total() < 0.35 for letter in CHOICE_LETTERS)
 
 
 def test_adversarial_negatives_share_a_theme_with_what_is_there():
@@ -165,7 +213,7 @@ def test_adversarial_negatives_share_a_theme_with_what_is_there():
 def test_captions_have_several_references():
     question = KINDS["caption"](random.Random(0), make_scene("train", 1, 192, (6, 6)))
     assert question
-    assert len(question.references) >= 2
+    assert len(question.answers) >= 2
 
 
 def test_samples_are_held_out_scenes_with_true_questions():
@@ -173,5 +221,5 @@ def test_samples_are_held_out_scenes_with_true_questions():
     for number, sample in enumerate(samples()):
         scene = make_scene("held_out", 2_000_000 + number, 192, (2, 12))
         assert sample.image.exists()
-        assert [(o.name, o.color, o.box) for o in sample.objects] == [(t.name, t.colour, t.box) for t in scene.things]
-        assert all(is_true(Question(q.kind, q.text, q.answers), scene) for q in sample.questions)
+        assert sample.objects == scene.things
+        assert all(is_true(q, scene) for q in sample.questions)

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vlmflow.pico import export, train
-from vlmflow.pico.curriculum import STAGES, Stage
-from vlmflow.pico.train import Progress, Run, means, rate_share
+from recipes.pico import export, train
+from recipes.pico.curriculum import STAGES, CurriculumStage
+from recipes.pico.train import HISTORY, TrainingRun, TrainingState, means, rate_share
+from vlmflow.pico.scenes import CANVAS, COUNTS
 
-ALIGN = Stage("align", 48, (1, 2), steps=6, scenes=4, part=2, muon_rate=0.03, adam_rate=1.5e-3)
-TALK = Stage("talk", 48, (1, 2), steps=6, scenes=4, part=2, questions=(2, 1, 1))
+ALIGN = CurriculumStage("align", 48, (1, 2), steps=6, scenes=4, part=2, muon_rate=0.03, adam_rate=1.5e-3)
+TALK = CurriculumStage("talk", 48, (1, 2), steps=6, scenes=4, part=2, questions=(2, 1, 1))
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ class StopAfter(threading.Event):
 
 
 def test_a_short_training_lowers_the_loss(tmp_path, pool):
-    stage = Stage("talk", 48, (1, 2), steps=25, scenes=4, part=2, questions=(6, 2, 1))
-    Run(tmp_path, (stage,), pool, threading.Event()).train()
+    stage = CurriculumStage("talk", 48, (1, 2), steps=25, scenes=4, part=2, questions=(6, 2, 1))
+    TrainingRun(tmp_path, (stage,), pool, threading.Event()).train()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "exam" not in row]
     assert len(losses) == 25
@@ -57,10 +58,10 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, pool):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    expected = Run(whole, (ALIGN, TALK), pool, threading.Event()).train()
+    expected = TrainingRun(whole, (ALIGN, TALK), pool, threading.Event()).train()
     for looks in (3, 8, 2):  # in the first stage, across its end, in the second
-        Run(broken, (ALIGN, TALK), pool, StopAfter(looks)).train()
-    found = Run(broken, (ALIGN, TALK), pool, threading.Event()).train()
+        TrainingRun(broken, (ALIGN, TALK), pool, StopAfter(looks)).train()
+    found = TrainingRun(broken, (ALIGN, TALK), pool, threading.Event()).train()
     assert (found.stage, found.step) == (expected.stage, expected.step) == (2, 0)
     assert expected.weights
     assert found.weights
@@ -70,7 +71,7 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path, pool):
 
 def test_aligning_leaves_the_decoder_alone(tmp_path, pool):
     before = train.build_model(48, train.SEED).state_dict()
-    after = Run(tmp_path, (ALIGN,), pool, threading.Event()).train().weights
+    after = TrainingRun(tmp_path, (ALIGN,), pool, threading.Event()).train().weights
     assert after
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
@@ -78,7 +79,7 @@ def test_aligning_leaves_the_decoder_alone(tmp_path, pool):
 
 
 def test_learning_rate_warms_up_and_falls():
-    stage = Stage("x", 48, (1, 2), steps=1000, scenes=4, part=2, decay=0.4)
+    stage = CurriculumStage("x", 48, (1, 2), steps=1000, scenes=4, part=2, decay=0.4)
     assert rate_share(stage, 0) == pytest.approx(0.02)
     assert rate_share(stage, 300) == 1
     assert rate_share(stage, 800) == pytest.approx(0.5)
@@ -86,36 +87,37 @@ def test_learning_rate_warms_up_and_falls():
 
 
 def test_the_recipe_is_whole():
-    assert STAGES[-1].canvas == 192
-    assert STAGES[-1].counts == (2, 12)
+    assert STAGES[-1].canvas == CANVAS
+    assert STAGES[-1].counts == COUNTS
     assert all(stage.scenes % stage.part == 0 for stage in STAGES)
     assert len({stage.name for stage in STAGES}) == len(STAGES)
 
 
 def test_a_run_is_exported_as_a_folder_with_card_and_curves(tmp_path, pool):
-    Run(tmp_path, (TALK,), pool, threading.Event()).train()
-    export.export(tmp_path, tmp_path / "model", (TALK,))
+    TrainingRun(tmp_path, (TALK,), pool, threading.Event()).train()
+    export.export(tmp_path, tmp_path / "model", tmp_path / "record", (TALK,))
     card = (tmp_path / "model" / "README.md").read_text()
     assert "All stages are complete." in card
     assert '"name": "talk"' in card
-    assert (tmp_path / "model" / "curves.png").stat().st_size > 1000
-    assert isinstance(Progress(**torch.load(tmp_path / "checkpoint.pt")), Progress)
+    assert {file.name for file in (tmp_path / "record").iterdir()} == {"curves.png", HISTORY}
+    assert (tmp_path / "record" / "curves.png").stat().st_size > 1000
+    assert isinstance(TrainingState(**torch.load(tmp_path / "checkpoint.pt")), TrainingState)
 
 
 def test_a_run_goes_on_from_an_exported_folder(tmp_path, pool):
     """In the middle of a stage or after it, with its history; the weights have been through half precision."""
     stages = (ALIGN, TALK)
     for name, looks, where in (("middle", 9, (1, 2)), ("end", 99, (2, 0))):
-        first = Run(tmp_path / name, stages, pool, StopAfter(looks))
+        first = TrainingRun(tmp_path / name, stages, pool, StopAfter(looks))
         first.folder.mkdir()
         done = first.train()
         first.log({"note": "steered"})
-        export.export(first.folder, tmp_path / name / "model", stages)
+        export.export(first.folder, tmp_path / name / "model", tmp_path / name / "record", stages)
         assert "- steered" in (tmp_path / name / "model" / "README.md").read_text()
-        later = Run(tmp_path / f"{name} later", stages, pool, StopAfter(0))
+        later = TrainingRun(tmp_path / f"{name} later", stages, pool, StopAfter(0))
         later.folder.mkdir()
-        later.continue_from(tmp_path / name / "model")
-        found = Progress(**torch.load(later.checkpoint))
+        later.continue_from(tmp_path / name / "model", tmp_path / name / "record" / HISTORY)
+        found = TrainingState(**torch.load(later.checkpoint))
         assert (found.stage, found.step) == where
         assert found.weights
         assert done.average

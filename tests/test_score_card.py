@@ -5,15 +5,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from vlmflow.evaluate import score_card
+from recipes.pico import score_card
 from vlmflow.pico.questions import KINDS
 from vlmflow.tasks import TASKS
 
 
 def test_the_sets_ask_every_kind_and_blank_the_picture():
-    asked: dict[str, list] = {}
-    for title, _, _, samples in score_card.sets(3):
-        asked.setdefault(title, []).extend(samples)
+    asked = {one.title: [s for task in one.tasks for s in one.samples(task, 3)] for one in score_card.SETS}
     scenes, blanked = asked["held-out scenes"], asked["held-out questions, blank picture"]
     assert {sample.group for sample in scenes} <= set(KINDS)
     assert len(scenes) > 3 * 10

@@ -29,7 +29,8 @@ from vlmflow.records.files import versions, write_json
 if TYPE_CHECKING:
     from vlmflow.ask import Run
     from vlmflow.models import VLM
-    from vlmflow.pico import Sample, SampleQuestion
+    from vlmflow.pico import ScenePicture
+    from vlmflow.pico.questions import SceneQuestion
 
 LEGEND = (
     "Image tokens by stage and in the mean over layers; prefill FLOPs by the paper's Eq. 10 and counted exactly, and "
@@ -177,7 +178,7 @@ def demo(
         save_run(out_dir, vlm, first, {name: one for name, one in shown.items() if name != "none"}, record)
 
 
-def two_questions(sample: Sample, number: int) -> list[SampleQuestion]:
+def two_questions(sample: ScenePicture, number: int) -> list[SceneQuestion]:
     """Two of a picture's questions, of other kinds for other pictures; no captions: they are not right or wrong."""
     asked = [question for question in sample.questions if question.kind != "caption"]
     return [asked[(5 + 2 * number) % len(asked)], asked[(6 + 2 * number) % len(asked)]]

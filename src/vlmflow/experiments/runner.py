@@ -21,7 +21,6 @@ from vlmflow.core.statistics import Resampled, clusters_of
 from vlmflow.engine import attach
 from vlmflow.evaluate.rows import Row
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
-from vlmflow.evaluate.score_card import GREY
 from vlmflow.experiments.rows import Finding, findings_of
 from vlmflow.experiments.verdict import numbers
 from vlmflow.flow.answer import likeliest, spellings
@@ -32,6 +31,7 @@ from vlmflow.records.folder import SUMMARY, claim
 from vlmflow.tasks import Sample, Source, Task
 
 VERDICT = "verdict.md"
+GREY = (224, 224, 224)  # of a blank picture
 
 Progress = Callable[[int, int, Row | None], None]  # samples done, of how many, and which came; None to begin
 

@@ -3,56 +3,37 @@
 MODEL_DIR is an ordinary Hugging Face folder; samples() are pictures it has never seen, with questions about them.
 """
 
+from __future__ import annotations
+
 import functools
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-MODEL_DIR = Path(__file__).parent / "model"
+from vlmflow.pico.questions import SceneQuestion
+from vlmflow.pico.scenes import Thing
+
+MODEL_DIR = Path(__file__).parent / "weights"
 SAMPLES_DIR = Path(__file__).parent / "samples"
 
 
 @dataclass(frozen=True)
-class SampleObject:
-    """One object of a sample; box is (x, y, width, height) in pixels."""
-
-    name: str
-    color: str
-    box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class SampleQuestion:
-    """A question about a sample and every answer that counts as right."""
-
-    kind: str
-    text: str
-    answers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Sample:
+class ScenePicture:
     """A held-out scene: a picture file, what it shows and questions about it."""
 
     image: Path
-    objects: tuple[SampleObject, ...]
-    questions: tuple[SampleQuestion, ...]
+    objects: tuple[Thing, ...]
+    questions: tuple[SceneQuestion, ...]
 
 
 @functools.cache
-def samples() -> tuple[Sample, ...]:
+def samples() -> tuple[ScenePicture, ...]:
     """The bundled held-out scenes."""
     return tuple(
-        Sample(
+        ScenePicture(
             SAMPLES_DIR / entry["image"],
-            tuple(SampleObject(o["name"], o["color"], tuple(o["box"])) for o in entry["objects"]),
-            tuple(SampleQuestion(q["kind"], q["text"], tuple(q["answers"])) for q in entry["questions"]),
+            tuple(Thing(thing["name"], thing["color"], tuple(thing["box"])) for thing in entry["objects"]),
+            tuple(SceneQuestion(q["kind"], q["text"], tuple(q["answers"])) for q in entry["questions"]),
         )
         for entry in json.loads((SAMPLES_DIR / "samples.json").read_text())
     )
-
-
-def checksum(folder: Path = MODEL_DIR) -> str:
-    """SHA-256 of the weights of a model folder; the model card of ours records what it should be."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

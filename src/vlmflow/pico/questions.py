@@ -4,13 +4,15 @@ Every kind is a function of a random generator and a scene that returns a questi
 to ask of that kind. The "none" kinds ask for what is absent; they are what teaches the model to detect.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlmflow.pico.scenes import COLOUR_NAMES, NAMES, POPULAR, THEME_OF, THEMES, Scene, Thing
 
-LETTERS = ("A", "B", "C", "D")
+CHOICE_LETTERS = ("A", "B", "C", "D")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 MIDLINE_MARGIN = 0.1  # share of the canvas: nobody asks on which side of a line an object lies that sits on it
 KNOWLEDGE = {
@@ -35,34 +37,34 @@ KNOWLEDGE = {
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question about a picture; references hold every accepted answer, the one to learn first."""
+class SceneQuestion:
+    """One question about a picture; ``answers`` holds every accepted one, the one to learn first."""
 
     kind: str
     text: str
-    references: tuple[str, ...]
+    answers: tuple[str, ...]
     options: tuple[str, ...] = ()  # of a multiple choice, in the order of their letters
 
     @property
     def answer(self) -> str:
         """The answer to learn."""
-        return self.references[0]
+        return self.answers[0]
 
 
 def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _ask(kind: str, text: str, answer: str) -> Question:
-    return Question(kind, text, (answer,))
+def _ask(kind: str, text: str, answer: str) -> SceneQuestion:
+    return SceneQuestion(kind, text, (answer,))
 
 
-def _choice(rng: random.Random, kind: str, text: str, right: str, wrong: list[str]) -> Question:
+def _choice(rng: random.Random, kind: str, text: str, right: str, wrong: list[str]) -> SceneQuestion:
     """Four options in random order; the answer is the letter of the right one."""
     options = [right, *wrong]
     rng.shuffle(options)
-    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return Question(kind, f"{text} {listed}", (LETTERS[options.index(right)],), tuple(options))
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip(CHOICE_LETTERS, options, strict=True))
+    return SceneQuestion(kind, f"{text} {listed}", (CHOICE_LETTERS[options.index(right)],), tuple(options))
 
 
 def _absent(scene: Scene) -> list[str]:
@@ -97,32 +99,32 @@ def _place(rng: random.Random, scene: Scene) -> tuple[Thing, str] | None:
     return thing, f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}"
 
 
-def _exists(rng: random.Random, scene: Scene, kind: str, absent: list[str]) -> Question | None:
-    """Half the time about an object that is there, half about one of `absent`."""
+def _exists(rng: random.Random, scene: Scene, kind: str, absent: list[str]) -> SceneQuestion | None:
+    """Half the time about an object that is there, half about one of ``absent``."""
     if rng.random() < 0.5:
         return _ask(kind, f"Is there {_a(rng.choice(scene.things).name)}?", "yes")
     return _ask(kind, f"Is there {_a(rng.choice(absent))}?", "no") if absent else None
 
 
-def exist_random(rng: random.Random, scene: Scene) -> Question | None:
+def exist_random(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """Existence against an absent object drawn evenly."""
     return _exists(rng, scene, "exist_random", _absent(scene))
 
 
-def exist_popular(rng: random.Random, scene: Scene) -> Question | None:
+def exist_popular(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """Existence against an absent object that scenes often show."""
     absent = [name for name in _absent(scene) if name in POPULAR]
     return _exists(rng, scene, "exist_popular", absent)
 
 
-def exist_adversarial(rng: random.Random, scene: Scene) -> Question | None:
+def exist_adversarial(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """Existence against an absent object of the same theme as a present one."""
     themes = {THEME_OF[thing.name] for thing in scene.things}
     absent = [name for name in _absent(scene) if THEME_OF[name] in themes]
     return _exists(rng, scene, "exist_adversarial", absent)
 
 
-def exist_pair(rng: random.Random, scene: Scene) -> Question | None:
+def exist_pair(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """Existence of a coloured object against a present object in a colour it does not have, or the reverse."""
     thing, pairs = rng.choice(scene.things), {(thing.name, thing.colour) for thing in scene.things}
     name, colour = thing.name, thing.colour
@@ -135,7 +137,7 @@ def exist_pair(rng: random.Random, scene: Scene) -> Question | None:
     return _ask("exist_pair", f"Is there {_a(f'{colour} {name}')}?", "no")
 
 
-def exist_colour(rng: random.Random, scene: Scene) -> Question | None:
+def exist_colour(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """Existence of a colour."""
     absent = _absent_colours(scene)
     if rng.random() < 0.5:
@@ -143,36 +145,36 @@ def exist_colour(rng: random.Random, scene: Scene) -> Question | None:
     return _ask("exist_colour", f"Is there anything {rng.choice(absent)}?", "no") if absent else None
 
 
-def colour(rng: random.Random, scene: Scene) -> Question | None:
+def colour(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The colour of an object."""
     thing = _one_of_a_name(rng, scene)
     return thing and _ask("colour", f"What color is the {thing.name}?", thing.colour)
 
 
-def colour_none(rng: random.Random, scene: Scene) -> Question | None:
+def colour_none(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The colour of an object that is not there."""
     return _ask("colour_none", f"What color is the {rng.choice(_absent(scene))}?", "none")
 
 
-def identity(rng: random.Random, scene: Scene) -> Question | None:
+def identity(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The object of a colour."""
     thing = _one_of_a_colour(rng, scene)
     return thing and _ask("identity", f"Which object is {thing.colour}?", thing.name)
 
 
-def identity_none(rng: random.Random, scene: Scene) -> Question | None:
+def identity_none(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The object of a colour that is not there."""
     absent = _absent_colours(scene)
     return _ask("identity_none", f"Which object is {rng.choice(absent)}?", "none") if absent else None
 
 
-def position(rng: random.Random, scene: Scene) -> Question | None:
+def position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The quarter of the picture in which an object lies."""
     found = _place(rng, scene)
     return found and _ask("position", f"Where is the {found[0].name}?", found[1])
 
 
-def count(rng: random.Random, scene: Scene) -> Question | None:
+def count(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """How many objects there are, in all or of one colour."""
     colours = [thing.colour for thing in scene.things]
     if rng.random() < 0.4:
@@ -181,7 +183,7 @@ def count(rng: random.Random, scene: Scene) -> Question | None:
     return _ask("count", f"How many {colour} objects are there?", str(colours.count(colour)))
 
 
-def choice_colour(rng: random.Random, scene: Scene) -> Question | None:
+def choice_colour(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The colour of an object, of four."""
     thing = _one_of_a_name(rng, scene)
     if thing is None:
@@ -190,13 +192,13 @@ def choice_colour(rng: random.Random, scene: Scene) -> Question | None:
     return _choice(rng, "choice_colour", f"What color is the {thing.name}?", thing.colour, wrong)
 
 
-def choice_identity(rng: random.Random, scene: Scene) -> Question | None:
+def choice_identity(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The only one of four objects that is there."""
     wrong = rng.sample(_absent(scene), 3)
     return _choice(rng, "choice_identity", "Which object is shown?", rng.choice(scene.things).name, wrong)
 
 
-def choice_position(rng: random.Random, scene: Scene) -> Question | None:
+def choice_position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The quarter in which an object lies, of four."""
     found = _place(rng, scene)
     if found is None:
@@ -205,7 +207,7 @@ def choice_position(rng: random.Random, scene: Scene) -> Question | None:
     return _choice(rng, "choice_position", f"Where is the {found[0].name}?", found[1], wrong)
 
 
-def choice_knowledge(rng: random.Random, scene: Scene) -> Question | None:
+def choice_knowledge(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The only one of four objects that is there and fits: an absent object that fits is among the wrong ones."""
     present = [thing.name for thing in scene.things]
     apt = [(what, name) for what, names in KNOWLEDGE.items() for name in names if name in present]
@@ -220,7 +222,7 @@ def choice_knowledge(rng: random.Random, scene: Scene) -> Question | None:
     return _choice(rng, "choice_knowledge", f"Which object shown {what}?", right, wrong)
 
 
-def caption(_: random.Random, scene: Scene) -> Question | None:
+def caption(_: random.Random, scene: Scene) -> SceneQuestion | None:
     """One sentence that names up to four objects, from the left; other orders and wordings are references too."""
     ways = (lambda t: t.centre[0], lambda t: t.centre[1], lambda t: -t.box[2] * t.box[3])
     sentences: list[str] = []
@@ -228,7 +230,7 @@ def caption(_: random.Random, scene: Scene) -> Question | None:
         said = [_a(f"{thing.colour} {thing.name}") for thing in sorted(scene.things, key=way)[:4]]
         listed = " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
         sentences += [f"There is {listed}.", f"The picture shows {listed}."]
-    return Question("caption", "Describe the picture.", tuple(dict.fromkeys(sentences)))
+    return SceneQuestion("caption", "Describe the picture.", tuple(dict.fromkeys(sentences)))
 
 
 # Training draws a family evenly, then a kind of it.
@@ -245,6 +247,6 @@ SHORT = (
 )
 CHOICES = ((choice_colour,), (choice_identity,), (choice_position,), (choice_knowledge,))
 CAPTIONS = ((caption,),)
-KINDS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
+KINDS: dict[str, Callable[[random.Random, Scene], SceneQuestion | None]] = {
     kind.__name__: kind for family in (*SHORT, *CHOICES, *CAPTIONS) for kind in family
 }

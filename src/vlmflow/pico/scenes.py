@@ -5,6 +5,8 @@ A scene is a pure function of its split, its seed, its canvas and its object cou
 from one which remembers what it saw.
 """
 
+from __future__ import annotations
+
 import functools
 import random
 from collections.abc import Iterator
@@ -12,20 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Float, UInt8
+from PIL import Image
 
 Split = Literal["train", "held_out", "new_pairs"]
 
-GLYPHS = {
-    "sun": "☀", "cloud": "☁", "umbrella": "☂", "snowman": "☃", "star": "★", "phone": "☎", "skull": "☠", "moon": "☾",
-    "smiley": "☺", "king": "♚", "rook": "♜", "knight": "♞", "pawn": "♟", "spade": "♠", "heart": "♥", "diamond": "♦",
-    "club": "♣", "note": "♫", "hammer": "⚒", "anchor": "⚓", "sword": "⚔", "scales": "⚖", "gear": "⚙", "bolt": "⚡",
-    "scissors": "✂", "plane": "✈", "envelope": "✉", "pencil": "✏", "snowflake": "❄", "flower": "✿", "flag": "⚑",
-    "house": "⌂", "mouse": "🐭", "cat": "🐱", "atom": "⚛", "yinyang": "☯",
-}  # fmt: skip
+NAMES = (
+    "sun", "cloud", "umbrella", "snowman", "star", "phone", "skull", "moon", "smiley", "king", "rook", "knight", "pawn",
+    "spade", "heart", "diamond", "club", "note", "hammer", "anchor", "sword", "scales", "gear", "bolt", "scissors",
+    "plane", "envelope", "pencil", "snowflake", "flower", "flag", "house", "mouse", "cat", "atom", "yinyang",
+)  # fmt: skip
 COLOURS = {
     "red": (220, 40, 40), "blue": (50, 80, 220), "green": (40, 160, 60), "yellow": (225, 195, 30),
     "orange": (240, 130, 20), "purple": (140, 50, 170), "brown": (120, 75, 40), "black": (25, 25, 25),
@@ -39,16 +38,17 @@ THEMES = {
     "winter": ("snowman", "snowflake"),
     "signs": ("skull", "smiley", "note", "flag", "atom", "yinyang"),
 }
-NAMES = tuple(GLYPHS)
 COLOUR_NAMES = tuple(COLOURS)
 POPULAR = NAMES[::4]  # twice as frequent as the others, so that "popular" negatives mean something
 THEME_OF = {name: theme for theme, names in THEMES.items() for name in names}
 HELD_PAIRS = frozenset(
     (name, colour) for i, name in enumerate(NAMES) for j, colour in enumerate(COLOUR_NAMES) if (5 * i + 7 * j) % 12 == 0
 )
-PATCH = 8  # pixels; the model's patch, at every canvas
+CANVAS = 192  # side of the pictures that the shipped model reads, pixels
+COUNTS = (2, 12)  # fewest and most objects of a scene that fills such a picture
 SIZES = (20, 24, 28, 32)  # longer side of an object, pixels
 TILTS = (-12, -6, 0, 6, 12)  # degrees
+GLYPHS = Path(__file__).with_name("glyphs.png")  # a row for each size, a column for each name, in cells of four sizes
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,20 @@ class Scene:
         return Image.fromarray(self.pixels)
 
 
-@dataclass(frozen=True)
-class PatchLabels:
-    """What each patch of a scene shows, in raster order; -1 where it shows nothing."""
+@functools.cache
+def _glyphs() -> Image.Image:
+    """The pictographs as DejaVu Sans draws them at twice each size: no font, nor the program that draws it, is needed.
 
-    name: Int[np.ndarray, " patches"]
-    colour: Int[np.ndarray, " patches"]
-    quarter: Int[np.ndarray, " patches"]  # of the picture, in which the object's centre lies: questions.PLACES' order
-    centre: Int[np.ndarray, " patches"]  # 1 in the one patch that holds an object's centre, else 0
+    Which of its pixels are grey, and how much, hangs on the version of FreeType; a scene may hang on its seed alone.
+    """
+    return Image.open(GLYPHS).convert("L")
 
 
 @functools.cache
 def _mask(name: str, size: int, tilt: int) -> Float[np.ndarray, "height width"]:
-    """Opacity of a pictograph whose longer side is `size` pixels, from 0 to 1."""
-    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(font_file), 2 * size)
-    picture = Image.new("L", (4 * size, 4 * size))
-    ImageDraw.Draw(picture).text((size, size), GLYPHS[name], font=font, fill=255)
+    """Opacity of a pictograph whose longer side is ``size`` pixels, from 0 to 1."""
+    left, top = 4 * size * NAMES.index(name), sum(4 * smaller for smaller in SIZES if smaller < size)
+    picture = _glyphs().crop((left, top, left + 4 * size, top + 4 * size))
     picture = picture.rotate(tilt, resample=Image.Resampling.BICUBIC)
     picture = picture.crop(picture.getbbox())
     scale = size / max(picture.size)
@@ -120,7 +117,7 @@ def _background(noise: np.random.Generator, canvas: int) -> Float[np.ndarray, "c
 
 
 def _names(rng: random.Random, count: int, pool: list[str]) -> Iterator[str]:
-    """Names for `count` objects: often from two themes, popular ones more often, some repeated."""
+    """Names for ``count`` objects: often from two themes, popular ones more often, some repeated."""
     world = pool
     if rng.random() < 0.35:
         themes = rng.sample(sorted(THEMES), 2)
@@ -173,18 +170,3 @@ def make_scene(split: Split, seed: int, canvas: int, counts: tuple[int, int]) ->
         area += (ink - area) * mask[..., None]
         things.append(Thing(name, colour, (x, y, width, height)))
     return Scene(np.clip(pixels, 0, 255).astype(np.uint8), tuple(things))
-
-
-def patch_labels(scene: Scene) -> PatchLabels:
-    """Label every patch that an object's box touches; where two boxes share a patch the later one has it."""
-    side = scene.canvas // PATCH
-    name = np.full((side, side), -1)
-    colour, quarter, centre = name.copy(), name.copy(), np.zeros_like(name)
-    for thing in scene.things:
-        x, y, width, height = thing.box
-        patches = np.s_[y // PATCH : (y + height - 1) // PATCH + 1, x // PATCH : (x + width - 1) // PATCH + 1]
-        name[patches] = NAMES.index(thing.name)
-        colour[patches] = COLOUR_NAMES.index(thing.colour)
-        quarter[patches] = 2 * (thing.centre[1] >= scene.canvas / 2) + (thing.centre[0] >= scene.canvas / 2)
-        centre[int(thing.centre[1]) // PATCH, int(thing.centre[0]) // PATCH] = 1
-    return PatchLabels(name.ravel(), colour.ravel(), quarter.ravel(), centre.ravel())

@@ -10,19 +10,17 @@ import functools
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
 
 from PIL import Image
 
+from vlmflow.pico.questions import KINDS
+from vlmflow.pico.scenes import CANVAS, COUNTS, Scene, Split, make_scene
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.captions import cider
 from vlmflow.tasks.core import Picture, Sample, Source, Task, TaskError, accuracy, unscored
 
-Split = Literal["held_out", "new_pairs"]
 SCENES = 400
 FIRST = 1_000_000  # the first scene's seed; training and its exams use smaller ones
-CANVAS = 192  # pixels
-COUNTS = (2, 12)  # objects
 
 
 def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
@@ -30,8 +28,6 @@ def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
 
     ``split`` is held_out, or new_pairs (objects in colours that training never gave them). A path cannot be given.
     """
-    from vlmflow.pico.questions import KINDS
-
     split = source.split or "held_out"
     if source.path is not None:
         raise TaskError("pico: draws its scenes; it takes no path")
@@ -48,16 +44,14 @@ def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
                     images=(Picture(name, partial(_draw, split, number)),),
                     question=question.text,
                     answer=question.answer,
-                    references=question.references,
+                    references=question.answers,
                     group=kind,
                     origin=f"pico scene {name}",
                 )
 
 
 @functools.lru_cache(maxsize=32)
-def _scene(split: Split, number: int) -> Any:
-    from vlmflow.pico.scenes import make_scene
-
+def _scene(split: Split, number: int) -> Scene:
     return make_scene(split, FIRST + number, CANVAS, COUNTS)
 
 

@@ -1,8 +1,10 @@
-"""Make the shipped folders from a training run: `python -m vlmflow.pico.export`.
+"""Make the shipped folders from a training run: ``python -m recipes.pico.export``.
 
-The model folder gets the averaged weights for 192-pixel pictures, a model card and the training curves; the samples
-folder gets held-out scenes with their questions.
+The model folder gets the averaged weights for pictures of the full canvas and a model card, the samples folder
+held-out scenes with their questions; the training's history and curves stay beside this script.
 """
+
+from __future__ import annotations
 
 import importlib.metadata
 import json
@@ -19,16 +21,16 @@ import typer
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from vlmflow.pico import MODEL_DIR, SAMPLES_DIR, checksum
-from vlmflow.pico.curriculum import STAGES, Stage
-from vlmflow.pico.model import CANVAS, build_model, resize_positions, save_folder
+from recipes.pico import RECORD
+from recipes.pico.curriculum import STAGES, CurriculumStage
+from recipes.pico.model import build_model, checksum, resize_positions, save_folder
+from recipes.pico.train import HISTORY, SEED, TrainingState
+from vlmflow.pico import MODEL_DIR, SAMPLES_DIR
 from vlmflow.pico.questions import KINDS
-from vlmflow.pico.scenes import make_scene
-from vlmflow.pico.train import HISTORY, SEED, Progress
+from vlmflow.pico.scenes import CANVAS, COUNTS, make_scene
 
 SAMPLES = 24
 SAMPLE_SEED = 2_000_000
-COUNTS = (2, 12)
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -37,7 +39,7 @@ def read_log(folder: Path) -> list[dict]:
     return list({tuple(row.get(key) for key in ("stage", "step", "exam", "note")): row for row in rows}.values())
 
 
-def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None:
+def draw_curves(rows: list[dict], stages: tuple[CurriculumStage, ...], path: Path) -> None:
     """Loss and accuracy by kind over the steps of all stages."""
     start, total = {}, 0
     for stage in stages:
@@ -67,13 +69,15 @@ def draw_curves(rows: list[dict], stages: tuple[Stage, ...], path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
-def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], progress: Progress, digest: str) -> str:
+def model_card(
+    rows: list[dict], notes: list[str], stages: tuple[CurriculumStage, ...], state: TrainingState, digest: str
+) -> str:
     """What the model is, how these weights were made, and how far they came."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "pillow")}
     hours = sum(row.get("seconds", 0) for row in rows) / 3600
     done = [
         f"| {s.name} | {s.canvas} | {s.counts[0]}-{s.counts[1]} | {s.scenes} x {sum(s.questions)} | "
-        f"{s.steps if i < progress.stage else progress.step if i == progress.stage else 0} of {s.steps} |"
+        f"{s.steps if i < state.stage else state.step if i == state.stage else 0} of {s.steps} |"
         for i, s in enumerate(stages)
     ]
     exams = {row["exam"]: row for row in rows if "exam" in row}
@@ -82,7 +86,7 @@ def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], pr
         f"| {kind} | " + " | ".join(f"{exam.get(kind, math.nan):.3f}" for exam in exams.values()) + " |"
         for kind in KINDS
     ]
-    finished = progress.stage == len(stages)
+    finished = state.stage == len(stages)
     return "\n".join(
         [
             "---",
@@ -101,7 +105,7 @@ def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], pr
             "",
             "## Training",
             "",
-            f"`python -m vlmflow.pico.train`, seed {SEED}, on scenes made from seeds; one (object, colour) pair in",
+            f"`python -m recipes.pico.train`, seed {SEED}, on scenes made from seeds; one (object, colour) pair in",
             "twelve never occurs. "
             + ("All stages are complete." if finished else "**Training is not complete: see the steps.**"),
             f"{hours:.1f} hours on two shared cores ({platform.machine()}); "
@@ -115,7 +119,7 @@ def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], pr
             "Each stage in full: `" + json.dumps([asdict(stage) for stage in stages]) + "`",
             "",
             *(["Departures of this run from the recipe:", "", *(f"- {note}" for note in notes), ""] if notes else []),
-            "![curves](curves.png)",
+            "Losses and accuracies, step by step: `recipes/pico/curves.png` and `training.jsonl` in the project.",
             "",
             f"## Last exam of the training, exact answers ({when}, pictures as in that stage)",
             "",
@@ -123,13 +127,8 @@ def model_card(rows: list[dict], notes: list[str], stages: tuple[Stage, ...], pr
             "|---|" + "---|" * len(exams),
             *last,
             "",
-            "`results.json`, where present, holds the full evaluation (`python -m vlmflow.evaluate.score_card`).",
-            "",
-            "## What pruning does to it",
-            "",
-            "<!-- begin pruning -->",
-            "Not yet measured: `make results` does.",
-            "<!-- end pruning -->",
+            "Every kind of question on four sets of pictures: `recipes/pico/results.json` in the project, which",
+            "`python -m recipes.pico.score_card` writes. What pruning does to these answers: its `docs/results.md`.",
             "",
             f"SHA-256 of model.safetensors: `{digest}`",
             "",
@@ -151,36 +150,38 @@ def write_samples(folder: Path) -> None:
             {
                 "image": name,
                 "objects": [{"name": t.name, "color": t.colour, "box": t.box} for t in scene.things],
-                "questions": [{"kind": q.kind, "text": q.text, "answers": q.references} for q in asked],
+                "questions": [{"kind": q.kind, "text": q.text, "answers": q.answers} for q in asked],
             }
         )
     (folder / "samples.json").write_text(json.dumps(entries, indent=1) + "\n")
 
 
-def export(run: Path, folder: Path, stages: tuple[Stage, ...] = STAGES) -> None:
-    """Write the model folder of a run as far as it has come."""
-    progress = Progress(**torch.load(run / "checkpoint.pt"))
-    if progress.average is None:
+def export(run: Path, folder: Path, record: Path, stages: tuple[CurriculumStage, ...] = STAGES) -> None:
+    """Write the model folder of a run as far as it has come, and its history and curves into ``record``."""
+    state = TrainingState(**torch.load(run / "checkpoint.pt"))
+    if state.average is None:
         raise ValueError(f"{run} has no weights yet: train first")
     model = build_model(CANVAS, SEED)
-    model.load_state_dict(resize_positions(progress.average, CANVAS))
+    model.load_state_dict(resize_positions(state.average, CANVAS))
     save_folder(model, folder)
     history = read_log(run)
-    last = progress.stage - (progress.step == 0)  # a stage that is whole counts as its last step
-    reached = {"stage": stages[last].name, "step": progress.step or stages[last].steps}
-    (folder / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in [*history, reached]))
+    last = state.stage - (state.step == 0)  # a stage that is whole counts as its last step
+    reached = {"stage": stages[last].name, "step": state.step or stages[last].steps}
+    record.mkdir(parents=True, exist_ok=True)
+    (record / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in [*history, reached]))
     rows, notes = [row for row in history if "note" not in row], [row["note"] for row in history if "note" in row]
-    draw_curves(rows, stages, folder / "curves.png")
-    (folder / "README.md").write_text(model_card(rows, notes, stages, progress, checksum(folder)))
+    draw_curves(rows, stages, record / "curves.png")
+    (folder / "README.md").write_text(model_card(rows, notes, stages, state, checksum(folder)))
 
 
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the training run.")] = Path("runs/pico"),
     model: Annotated[Path, typer.Option(help="Model folder to write.")] = MODEL_DIR,
+    record: Annotated[Path, typer.Option(help="Folder for the history and the curves.")] = RECORD,
     samples: Annotated[Path, typer.Option(help="Samples folder to write.")] = SAMPLES_DIR,
 ) -> None:
     """Write the model and samples folders."""
-    export(run, model)
+    export(run, model, record)
     write_samples(samples)
 
 

@@ -1,5 +1,7 @@
 """Training batches: many questions a picture, in groups of equal length, each seeing the picture and itself only."""
 
+from __future__ import annotations
+
 import random
 from dataclasses import dataclass
 
@@ -9,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vlmflow.pico.easy import easy_pictures
-from vlmflow.pico.questions import CAPTIONS, CHOICES, LETTERS, SHORT, Question
-from vlmflow.pico.scenes import PATCH, Scene, Split, make_scene, patch_labels
-from vlmflow.pico.text import BOS, EOS, PAD, SYSTEM
+from recipes.pico.easy import easy_pictures
+from recipes.pico.patches import PATCH, patch_labels
+from recipes.pico.text import BOS, EOS, PAD, SYSTEM
+from vlmflow.pico.questions import CAPTIONS, CHOICE_LETTERS, CHOICES, SHORT, SceneQuestion
+from vlmflow.pico.scenes import Scene, Split, make_scene
 
 IGNORE = -100
 FOCUS = 3  # times as often as others are the kinds drawn that a stage has in focus
@@ -35,7 +38,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Patches:
-    """Patch labels of a batch (see scenes.PatchLabels); known is False for pictures that have none."""
+    """Patch labels of a batch (see ``PatchLabels``); known is False for pictures that have none."""
 
     name: Int[Tensor, "scenes patches"]
     colour: Int[Tensor, "scenes patches"]
@@ -58,7 +61,7 @@ class Example:
     """A picture, the questions of each group, and the scene behind it when it is one of ours."""
 
     pixels: np.ndarray
-    questions: tuple[list[Question], ...]
+    questions: tuple[list[SceneQuestion], ...]
     scene: Scene | None
 
 
@@ -78,10 +81,10 @@ def scene_example(
     """A scene and its questions: so many short ones, choices and captions; kinds in focus more often."""
     scene = make_scene(split, seed, canvas, counts)
     rng = random.Random(f"questions {split} {seed} {canvas}")
-    asked: list[list[Question]] = []
+    asked: list[list[SceneQuestion]] = []
     for number, families in zip(questions, (SHORT, CHOICES, CAPTIONS), strict=True):
         shares = [FOCUS if any(kind.__name__ in focus for kind in family) else 1 for family in families]
-        group: list[Question] = []
+        group: list[SceneQuestion] = []
         while len(group) < number:
             if question := rng.choice(rng.choices(families, shares)[0])(rng, scene):
                 group.append(question)
@@ -97,7 +100,9 @@ def easy_example(seed: int, canvas: int, questions: tuple[int, int, int]) -> Exa
     return Example(picture.pixels(canvas), asked, None)
 
 
-def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> tuple[list[int], list[int], list[int]]:
+def encode_question(
+    tokenizer: PreTrainedTokenizerFast, question: SceneQuestion
+) -> tuple[list[int], list[int], list[int]]:
     """Token ids after the picture, without the last; what to predict at each: IGNORE, then the answer; verdicts."""
 
     def encode(text: str) -> list[int]:
@@ -106,8 +111,8 @@ def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> t
     asked, answer = encode(f"\n{question.text} ASSISTANT:"), encode(f" {question.answer}{EOS}")
     ids = asked + answer[:-1]
     verdicts = [IGNORE] * len(ids)
-    right = question.options and question.options[LETTERS.index(question.answer)].split()
-    for letter, option in zip(LETTERS, question.options, strict=False):
+    right = question.options and question.options[CHOICE_LETTERS.index(question.answer)].split()
+    for letter, option in zip(CHOICE_LETTERS, question.options, strict=False):
         before, _, _ = question.text.partition(f" {letter}. {option}")
         words = option.split()
         for number in range(1, len(words) + 1):
@@ -116,7 +121,7 @@ def encode_question(tokenizer: PreTrainedTokenizerFast, question: Question) -> t
     return ids, [IGNORE] * (len(asked) - 1) + answer, verdicts
 
 
-def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[Question]]) -> Group:
+def _group(tokenizer: PreTrainedTokenizerFast, asked: list[list[SceneQuestion]]) -> Group:
     encoded = [[encode_question(tokenizer, question) for question in questions] for questions in asked]
     length = max(len(tokens) for row in encoded for tokens, _, _ in row)
 

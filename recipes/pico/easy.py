@@ -1,5 +1,7 @@
 """easy-vqa: third-party pictures of one shape and third-party questions, from the PyPI package of that name."""
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from vlmflow.pico.questions import Question
+from vlmflow.pico.questions import SceneQuestion
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class EasyPicture:
     """A picture of easy-vqa and what is asked about it."""
 
     path: str
-    questions: tuple[Question, ...]
+    questions: tuple[SceneQuestion, ...]
 
     def image(self) -> Image.Image:
         """The picture, 64 x 64."""
@@ -39,7 +41,7 @@ def easy_pictures(split: Literal["train", "test"]) -> tuple[EasyPicture, ...]:
         paths, asked = easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()
     else:
         paths, asked = easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()
-    questions: dict[int, list[Question]] = {}
+    questions: dict[int, list[SceneQuestion]] = {}
     for text, answer, number in zip(*asked, strict=True):
-        questions.setdefault(number, []).append(Question("easy_vqa", text, (answer,)))
+        questions.setdefault(number, []).append(SceneQuestion("easy_vqa", text, (answer,)))
     return tuple(EasyPicture(str(paths[number]), tuple(questions[number])) for number in sorted(questions))

@@ -1,6 +1,6 @@
-"""Write the tables and the picture of docs/performance.md from the JSON files beside it; no figure is typed by hand.
+"""Write the tables and the picture of docs/performance.md from what ``bench`` measured; no figure is typed by hand.
 
-    python bench/report.py
+    python -m docs.make.performance
 
 The page keeps its text; what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is written anew.
 """
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from docs.make.page import ROOT, put, table
 from vlmflow.plots import Promise, promises
 from vlmflow.records.files import write_text
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance.md"
 NEVER = "Never run: no result file. `{command}` makes it."
 RESTATED = (
     "Restated for bfloat16 are laws 1 (keep everything), 2 (knock-out), 3 (cached step), 4 (batch) and 8 (cache "
@@ -46,11 +46,6 @@ def seconds(value: float) -> str:
 
 def gigabytes(count: int | None) -> str:
     return "?" if count is None else f"{count / 1e9:.2f} GB"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def source(record: dict[str, Any]) -> str:
@@ -325,11 +320,11 @@ def picture(folder: Path, path: Path) -> None:
             for method, one in point["methods"].items():
                 if point["protocol"] != "deployed" or method == "none":
                     continue
-                prefills.append(Promise(method, one["promised"], **one["speedup"]["decoder"]))
+                prefills.append(_promise(method, one["promised"], one["speedup"]["decoder"]))
                 if "tpot" in one["speedup"]:
                     weights = record["weight_bytes"]
                     promised = (weights + none["kv_bytes"]) / (weights + one["kv_bytes"])
-                    decodes.append(Promise(method, promised, **one["speedup"]["tpot"]))
+                    decodes.append(_promise(method, promised, one["speedup"]["tpot"]))
                 measured = none["kv_bytes"] / one["kv_bytes"]
                 promised = point["kv_promised"]["none"] / point["kv_promised"][method]
                 caches.append(Promise(method, promised, measured, measured, measured))
@@ -342,13 +337,8 @@ def picture(folder: Path, path: Path) -> None:
         promises(path, panels, "What theory promises, and what was measured")
 
 
-def put(page: str, name: str, body: str) -> str:
-    """The page with one block written anew."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    pattern = re.compile(f"{begin}.*?{end}", re.DOTALL)
-    if len(pattern.findall(page)) != 1:
-        raise SystemExit(f"the page must have one block {begin} ... {end}")
-    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", page)
+def _promise(method: str, promised: float, speedup: Mapping[str, float]) -> Promise:
+    return Promise(method, promised, speedup["value"], speedup["low"], speedup["high"])
 
 
 def filled(page: str, folder: Path) -> str:
@@ -356,7 +346,7 @@ def filled(page: str, folder: Path) -> str:
     for name, render in BLOCKS.items():
         machine, _, stage = name.partition("-")
         record = load(folder, name)
-        body = render(record) if record else NEVER.format(command=f"python bench/{machine}.py {stage}")
+        body = render(record) if record else NEVER.format(command=f"python -m bench.{machine} {stage}")
         page = put(page, name, body)
     return page
 

@@ -1,4 +1,4 @@
-"""The embedded model's score card, by kind of question: `python -m vlmflow.evaluate.score_card`.
+"""The embedded model's score card, by kind of question: ``python -m recipes.pico.score_card``.
 
 Four sets are scored: held-out scenes; scenes of object-colour pairs that training never showed; easy-vqa's test split;
 and the held-out questions again about a blank grey picture, which shows what can be guessed without sight. Rows lie in
@@ -8,8 +8,8 @@ a folder, so a run that was stopped goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,22 +17,49 @@ import typer
 from PIL import Image
 from rich.progress import Progress
 
+from recipes.pico import RECORD
+from recipes.pico.model import checksum
 from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.experiments.runner import GREY
 from vlmflow.models import VLM, load
-from vlmflow.pico import MODEL_DIR, checksum
+from vlmflow.pico import MODEL_DIR
+from vlmflow.pico.scenes import CANVAS
 from vlmflow.pruners import Unpruned
 from vlmflow.records.files import versions, write_json
 from vlmflow.records.folder import Folder
 from vlmflow.tasks import TASKS, Outcome, Picture, Sample, Source, Task
 from vlmflow.tasks.pico import FIRST
 
-GREY = (224, 224, 224)
 GROUPS = {
     "existence": ("exist_random", "exist_popular", "exist_adversarial", "exist_pair", "exist_colour"),
     "multiple choice": ("choice_colour", "choice_identity", "choice_position", "choice_knowledge"),
     "colour and position": ("colour", "position"),
 }
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Samples that are scored together; with ``blank``, their questions about an empty picture."""
+
+    title: str
+    tasks: tuple[str, ...]
+    source: Source = field(default_factory=Source)
+    blank: bool = False
+
+    def samples(self, task: str, pictures: int) -> list[Sample]:
+        """All questions of one of the tasks about its first pictures."""
+        samples = of_first_pictures(TASKS[task].samples(self.source), pictures)
+        return [blank(sample) for sample in samples] if self.blank else samples
+
+
+SCENES = ("pico", "pico_captions")
+SETS = (
+    ScoredSet("held-out scenes", SCENES, Source(split="held_out")),
+    ScoredSet("new pairs", SCENES, Source(split="new_pairs")),
+    ScoredSet("easy-vqa test", ("easy_vqa",)),
+    ScoredSet("held-out questions, blank picture", SCENES, Source(split="held_out"), blank=True),
+)
 
 
 def blank(sample: Sample) -> Sample:
@@ -42,7 +69,7 @@ def blank(sample: Sample) -> Sample:
 
 def nothing() -> Image.Image:
     """A grey picture."""
-    return Image.new("RGB", (192, 192), GREY)
+    return Image.new("RGB", (CANVAS, CANVAS), GREY)
 
 
 def of_first_pictures(samples: Sequence[Sample], pictures: int) -> list[Sample]:
@@ -50,19 +77,6 @@ def of_first_pictures(samples: Sequence[Sample], pictures: int) -> list[Sample]:
     first = list(dict.fromkeys(sample.images[0].name for sample in samples))[:pictures]
     wanted = set(first)
     return [sample for sample in samples if sample.images[0].name in wanted]
-
-
-def sets(pictures: int) -> Iterator[tuple[str, Task, Source, list[Sample]]]:
-    """What is scored: a set's name, the task and source of its samples, the samples."""
-    for title, names, source in (
-        ("held-out scenes", ("pico", "pico_captions"), Source(split="held_out")),
-        ("new pairs", ("pico", "pico_captions"), Source(split="new_pairs")),
-        ("easy-vqa test", ("easy_vqa",), Source()),
-        ("held-out questions, blank picture", ("pico", "pico_captions"), Source(split="held_out")),
-    ):
-        for name in names:
-            samples = of_first_pictures(TASKS[name].samples(source), pictures)
-            yield title, TASKS[name], source, [blank(one) for one in samples] if "blank" in title else samples
 
 
 def by_kind(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -85,18 +99,19 @@ def score(vlm: VLM, pictures: int, batch_size: int, work: Path) -> dict[str, dic
     """Score a model on every set; ``work`` keeps the rows."""
     card: dict[str, dict[str, Any]] = {}
     with Progress() as progress:
-        for title, task, source, samples in sets(pictures):
-            bar = progress.add_task(f"{title}, {task.name}", total=len(samples))
-            folder = work / f"{title.replace(' ', '-').replace(',', '')}-{task.name}"
+        for scored, name in ((one, name) for one in SETS for name in one.tasks):
+            task, samples = TASKS[name], scored.samples(name, pictures)
+            bar = progress.add_task(f"{scored.title}, {name}", total=len(samples))
+            folder = work / f"{scored.title.replace(' ', '-').replace(',', '')}-{name}"
             run(
                 vlm,
-                Evaluation(task, Unpruned(), source=source),
+                Evaluation(task, Unpruned(), source=scored.source),
                 folder,
                 batch_size=batch_size,
                 samples=samples,
                 progress=lambda done, _total, _row, bar=bar: progress.update(bar, completed=done),
             )
-            card.setdefault(title, {}).update(by_kind(task, outcomes_of(Folder(folder))))
+            card.setdefault(scored.title, {}).update(by_kind(task, outcomes_of(Folder(folder))))
     return card
 
 
@@ -105,7 +120,7 @@ def main(
     pictures: Annotated[int, typer.Option(min=1, help="Pictures of each set.")] = 400,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
     work: Annotated[Path, typer.Option(help="Folder for the rows.")] = Path("runs/score-card"),
-    out: Annotated[Path, typer.Option(help="Results file.")] = MODEL_DIR / "results.json",
+    out: Annotated[Path, typer.Option(help="Results file.")] = RECORD / "results.json",
 ) -> None:
     """Score a model by kind of question and write the results."""
     vlm = load(model)
@@ -115,7 +130,7 @@ def main(
         "pictures": pictures,
         "seeds": {"first scene": FIRST, "bootstrap": Evaluation(TASKS["pico"], Unpruned()).seed},
         "decoding": "greedy",
-        "command": f"python -m vlmflow.evaluate.score_card --pictures {pictures}",
+        "command": f"python -m recipes.pico.score_card --pictures {pictures}",
         "sets": score(vlm, pictures, batch_size, work),
     }
     write_json(out, results)

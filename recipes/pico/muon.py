@@ -1,5 +1,7 @@
 """Muon in float32: torch's own computes in bfloat16, which processors without such units do thirty times slower."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 import torch

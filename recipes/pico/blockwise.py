@@ -4,6 +4,8 @@ The sequence is a prefix (prompt start and picture), then groups of equally long
 prefix and to itself, as if it had been asked alone; the answers equal the stock model's on separate prompts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -4,6 +4,8 @@ Half-way through the decoder options judge themselves, since an answer can only 
 it is the right one; and patches number the objects so far, since an answer can only fetch a sum that somebody made.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from vlmflow.pico.batches import IGNORE, Batch, Patches
-from vlmflow.pico.blockwise import Blocks
-from vlmflow.pico.scenes import COLOUR_NAMES, NAMES
+from recipes.pico.batches import IGNORE, Batch, Patches
+from recipes.pico.blockwise import Blocks
+from vlmflow.pico.scenes import COLOUR_NAMES, COUNTS, NAMES
 
 EMPTY_WEIGHT = 0.1
-MOST = 12  # objects
 HALF_WAY = 7  # decoder layers after which options know whether they are right; the others fetch the letter
 
 
@@ -34,14 +35,14 @@ class TaughtWords:
     numbers: Int[Tensor, " numbers"]  # from 0
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast) -> "TaughtWords":
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> TaughtWords:
         """Look the words up."""
 
         def ids(*words: str) -> Tensor:
             return torch.tensor([tokenizer.encode(f" {w}", add_special_tokens=False)[0] for w in words])
 
         names, colours, centre = ids(*NAMES), ids(*COLOUR_NAMES), ids("objects")[0]
-        numbers = ids(*map(str, range(MOST + 1)))
+        numbers = ids(*map(str, range(COUNTS[1] + 1)))
         return cls(names, colours, ids("top", "bottom"), ids("left", "right"), centre, ids("yes", "no"), numbers)
 
 

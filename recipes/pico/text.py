@@ -1,13 +1,15 @@
 """The tokenizer and the chat prompt: a byte-fallback BPE in which every word of pico's world is one token."""
 
+from __future__ import annotations
+
 import json
 import random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlmflow.pico.questions import KINDS, KNOWLEDGE, LETTERS, PLACES
-from vlmflow.pico.scenes import COLOUR_NAMES, NAMES, make_scene
+from vlmflow.pico.questions import CHOICE_LETTERS, KINDS, KNOWLEDGE, PLACES
+from vlmflow.pico.scenes import CANVAS, COLOUR_NAMES, COUNTS, NAMES, make_scene
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 SYSTEM = "Answer from the picture."
@@ -40,17 +42,17 @@ def _corpus() -> list[str]:
         *NAMES,
         *COLOUR_NAMES,
         *EASY_VQA_WORDS.split(),
-        *map(str, range(13)),
+        *map(str, range(COUNTS[1] + 1)),
         "none",
         "an",
         "and",
         "shows",
     }
-    words |= {*" ".join(KNOWLEDGE).split(), *" ".join(PLACES).split(), *LETTERS, *["USER", "ASSISTANT"]}
+    words |= {*" ".join(KNOWLEDGE).split(), *" ".join(PLACES).split(), *CHOICE_LETTERS, *["USER", "ASSISTANT"]}
     words |= {*SYSTEM.rstrip(".").split()}
     opening = {"Answer", "what", "is", "does"}
     for seed in range(40):
-        scene = make_scene("train", seed, 192, (2, 12))
+        scene = make_scene("train", seed, CANVAS, COUNTS)
         for kind in KINDS.values():
             if question := kind(rng, scene):
                 opening.add(question.text.split()[0])

@@ -1,9 +1,11 @@
-"""Train pico from nothing to the shipped weights: `python -m vlmflow.pico.train`.
+"""Train pico from nothing to the shipped weights: ``python -m recipes.pico.train``.
 
 Everything follows from the stages and the seed: the scenes of a step and the order of the sums. Stopping it (Ctrl-C)
 loses nothing, a crash at most five minutes: the next start goes on from the last checkpoint. Two threads compute parts
 of a step side by side, each with one core; on a shared machine that wastes far less than two threads in each product.
 """
+
+from __future__ import annotations
 
 import functools
 import json
@@ -26,10 +28,11 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from vlmflow.pico.batches import IGNORE, Batch, collate, easy_example, opening_ids, scene_example
-from vlmflow.pico.blockwise import use_blocks
-from vlmflow.pico.curriculum import NO_QUESTIONS, STAGES, Stage
-from vlmflow.pico.learning import (
+from recipes.pico import RECORD
+from recipes.pico.batches import IGNORE, Batch, collate, easy_example, opening_ids, scene_example
+from recipes.pico.blockwise import use_blocks
+from recipes.pico.curriculum import NO_QUESTIONS, STAGES, CurriculumStage
+from recipes.pico.learning import (
     TaughtWords,
     answer_labels,
     answer_shares,
@@ -40,13 +43,13 @@ from vlmflow.pico.learning import (
     see,
     verdict_loss,
 )
-from vlmflow.pico.model import build_model, resize_positions
-from vlmflow.pico.muon import Muon
+from recipes.pico.model import build_model, resize_positions
+from recipes.pico.muon import Muon
+from recipes.pico.text import build_tokenizer
 from vlmflow.pico.scenes import Split
-from vlmflow.pico.text import build_tokenizer
 
 SEED = 0
-HISTORY = "training.jsonl"  # of an exported folder
+HISTORY = "training.jsonl"  # of a run that was exported
 THREADS = 2
 NAMING_WEIGHT = 0.3
 VERDICT_WEIGHT = 0.5
@@ -60,11 +63,11 @@ AVERAGE = 0.99  # what the running average of the weights keeps at a step
 CHECKPOINT_SECONDS = 300
 
 
-Report = dict[str, float]
+Sums = dict[str, float]
 """Sums over batches: losses and how many there were, and of each kind how many were right and how many asked."""
 
 
-def added(one: Report, other: Report) -> Report:
+def added(one: Sums, other: Sums) -> Sums:
     """The sums of both."""
     return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
 
@@ -79,7 +82,7 @@ class Lesson:
     opening: Int[Tensor, " opening"]
 
     @classmethod
-    def start(cls, stage: Stage, weights: dict[str, Tensor] | None) -> "Lesson":
+    def start(cls, stage: CurriculumStage, weights: dict[str, Tensor] | None) -> Lesson:
         """The model at a stage's canvas, with the weights learnt so far."""
         model, tokenizer = build_model(stage.canvas, SEED), build_tokenizer()
         if weights:
@@ -87,10 +90,10 @@ class Lesson:
         use_blocks(model)
         return cls(model, tokenizer, TaughtWords.of(tokenizer), opening_ids(tokenizer))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Report]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Sums]:
         """The loss of a batch, and what to report of it."""
         features = see(self.model, batch.pixels)
-        report: Report = {}
+        report: Sums = {}
         loss = features.new_zeros(())
         if batch.patches.known.any():
             embeddings = self.model.model.language_model.embed_tokens
@@ -115,7 +118,7 @@ class Lesson:
         return loss, report
 
 
-def part_batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, step: int, part: int) -> Batch:
+def part_batch(tokenizer: PreTrainedTokenizerFast, stage: CurriculumStage, step: int, part: int) -> Batch:
     """One part of a step; its seeds follow from the step, so that a resumed run sees what an unbroken one sees."""
     first = step * stage.scenes + part * stage.part
     seeds = range(first, first + stage.part)
@@ -128,7 +131,7 @@ def part_batch(tokenizer: PreTrainedTokenizerFast, stage: Stage, step: int, part
     )
 
 
-def make_optimizers(model: LlavaForConditionalGeneration, stage: Stage) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: LlavaForConditionalGeneration, stage: CurriculumStage) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices, AdamW for the rest; the tower moves slowly once the decoder learns."""
     hidden: list[nn.Parameter] = []
     tower: list[nn.Parameter] = []
@@ -153,13 +156,13 @@ def make_optimizers(model: LlavaForConditionalGeneration, stage: Stage) -> list[
     return optimizers
 
 
-def rate_share(stage: Stage, step: int) -> float:
+def rate_share(stage: CurriculumStage, step: int) -> float:
     """Share of the peak learning rate at a step: a short warm-up, a plateau, a linear fall."""
     left = (stage.steps - step) / (stage.decay * stage.steps)
     return min(1.0, (step + 1) / WARMUP, max(0.02, left))
 
 
-def resized(weights: dict[str, Tensor] | None, stage: Stage) -> dict[str, Tensor] | None:
+def resized(weights: dict[str, Tensor] | None, stage: CurriculumStage) -> dict[str, Tensor] | None:
     """Weights for the canvas of a stage."""
     return weights and resize_positions(weights, stage.canvas)
 
@@ -171,7 +174,7 @@ def blend(average: dict[str, Tensor], model: LlavaForConditionalGeneration, keep
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """How far a run has come: everything that it needs to go on."""
 
     stage: int = 0
@@ -182,11 +185,11 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A training run and the folder that it can go on from."""
 
     folder: Path
-    stages: tuple[Stage, ...]
+    stages: tuple[CurriculumStage, ...]
     pool: ThreadPoolExecutor
     stop: threading.Event
 
@@ -200,10 +203,10 @@ class Run:
         """Losses, accuracies and exams; a line with a ``note`` says where a run was steered by hand."""
         return self.folder / "log.jsonl"
 
-    def save(self, progress: Progress) -> None:
+    def save(self, state: TrainingState) -> None:
         """Write the state, so that a reader finds either the old one or the new one, whole."""
         draft = self.checkpoint.with_suffix(".draft")
-        torch.save(asdict(progress), draft)
+        torch.save(asdict(state), draft)
         draft.replace(self.checkpoint)
 
     def log(self, row: Mapping[str, object]) -> None:
@@ -213,28 +216,28 @@ class Run:
         with self.history.open("a") as log:
             log.write(line + "\n")
 
-    def continue_from(self, model: Path) -> None:
-        """Begin with the weights and the history of an exported folder, where that stopped; momenta begin anew."""
-        rows = [json.loads(line) for line in (model / HISTORY).read_text().splitlines()]
+    def continue_from(self, model: Path, history: Path) -> None:
+        """Begin with an exported model folder, where the run of that history stopped; momenta begin anew."""
+        rows = [json.loads(line) for line in history.read_text().splitlines()]
         last = [row for row in rows if "step" in row][-1]
         number = next(number for number, stage in enumerate(self.stages) if stage.name == last["stage"])
         done = last["step"] == self.stages[number].steps
         weights = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).state_dict()
-        self.save(Progress(number + 1 if done else number, 0 if done else last["step"], weights, weights))
-        shutil.copyfile(model / HISTORY, self.history)
+        self.save(TrainingState(number + 1 if done else number, 0 if done else last["step"], weights, weights))
+        shutil.copyfile(history, self.history)
         self.log({"note": f"{last['stage']}, step {last['step']}: went on from exported weights (half precision)."})
 
-    def train(self) -> Progress:
+    def train(self) -> TrainingState:
         """Run the stages, or what is left of them, until the last step or a request to stop."""
-        done = Progress(**torch.load(self.checkpoint)) if self.checkpoint.exists() else Progress()
+        done = TrainingState(**torch.load(self.checkpoint)) if self.checkpoint.exists() else TrainingState()
         while done.stage < len(self.stages) and not self.stop.is_set():
             done = self.run_stage(done)
             self.save(done)
         return done
 
-    def run_stage(self, done: Progress) -> Progress:
+    def run_stage(self, done: TrainingState) -> TrainingState:
         """Train one stage from where it stands."""
-        stage, report = self.stages[done.stage], Report()
+        stage, report = self.stages[done.stage], Sums()
         lesson = Lesson.start(stage, done.weights)
         optimizers = make_optimizers(lesson.model, stage)
         for optimizer, state in zip(optimizers, done.optimizers, strict=False):
@@ -242,9 +245,9 @@ class Run:
         weights = [w for o in optimizers for group in o.param_groups for w in group["params"]]
         average = {name: w.clone() for name, w in (resized(done.average, stage) or lesson.model.state_dict()).items()}
 
-        def reached(step: int) -> Progress:
+        def reached(step: int) -> TrainingState:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            return Progress(done.stage, step, lesson.model.state_dict(), average, states)
+            return TrainingState(done.stage, step, lesson.model.state_dict(), average, states)
 
         began = saved = time.monotonic()
         steps = range(done.step, stage.steps)
@@ -269,13 +272,13 @@ class Run:
                 saved = time.monotonic()
             if self.stop.is_set():
                 return reached(step + 1)
-        return Progress(done.stage + 1, 0, average, average)
+        return TrainingState(done.stage + 1, 0, average, average)
 
-    def exam(self, stage: Stage, weights: dict[str, Tensor], split: Split) -> Report:
+    def exam(self, stage: CurriculumStage, weights: dict[str, Tensor], split: Split) -> Sums:
         """How the averaged weights do on scenes that training never shows: summed reports as in training."""
         lesson, questions = Lesson.start(stage, weights), EXAM_QUESTIONS if any(stage.questions) else NO_QUESTIONS
 
-        def part(first: int) -> Report:
+        def part(first: int) -> Sums:
             seeds = range(first, first + stage.part)
             scenes = [scene_example(split, seed, stage.canvas, stage.counts, questions) for seed in seeds]
             with torch.no_grad():
@@ -283,15 +286,15 @@ class Run:
 
         return functools.reduce(added, self.pool.map(part, range(0, EXAM_SCENES, stage.part)))
 
-    def gradients(self, lesson: Lesson, stage: Stage, step: int, weights: list[Tensor]) -> Report:
+    def gradients(self, lesson: Lesson, stage: CurriculumStage, step: int, weights: list[Tensor]) -> Sums:
         """Set the gradient of every weight to the mean over the parts of a step; return the summed reports."""
 
-        def part(number: int) -> tuple[tuple[Tensor | None, ...], Report]:
+        def part(number: int) -> tuple[tuple[Tensor | None, ...], Sums]:
             loss, report = lesson.loss(part_batch(lesson.tokenizer, stage, step, number))
             return torch.autograd.grad(loss, weights, allow_unused=True), report
 
         parts = stage.scenes // stage.part
-        total: Report = {}
+        total: Sums = {}
         for weight in weights:
             weight.grad = None
         for grads, report in self.pool.map(part, range(parts)):
@@ -302,9 +305,9 @@ class Run:
         return total
 
 
-def means(report: Report) -> Report:
+def means(report: Sums) -> Sums:
     """Means of summed reports: losses, patch accuracies, and the accuracy of each kind."""
-    row: Report = {}
+    row: Sums = {}
     if "namings" in report:
         row |= {name: report[name] / report["namings"] for name in ("naming", "object", "color", "place", "centre")}
     if "losses" in report:
@@ -323,6 +326,7 @@ def means(report: Report) -> Report:
 def main(
     folder: Annotated[Path, typer.Option(help="Checkpoints and logs.")] = Path("runs/pico"),
     start: Annotated[Path | None, typer.Option(help="An exported model folder that a new run goes on from.")] = None,
+    history: Annotated[Path, typer.Option(help="The history that was exported with it.")] = RECORD / HISTORY,
 ) -> None:
     """Train pico, or go on training it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -331,9 +335,9 @@ def main(
         signal.signal(sign, lambda *_: stop.set())
     torch.set_num_threads(THREADS)  # for the optimizers; threads inside a product of the pool would wait for each other
     with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        run = Run(folder, STAGES, pool, stop)
+        run = TrainingRun(folder, STAGES, pool, stop)
         if start is not None and not run.checkpoint.exists():
-            run.continue_from(start)
+            run.continue_from(start, history)
         run.train()
 
 

@@ -1,5 +1,8 @@
 """The model: a standard LLaVA of five million weights, built from its configuration, saved as a plain folder."""
 
+from __future__ import annotations
+
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,10 +17,11 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vlmflow.pico.scenes import PATCH
-from vlmflow.pico.text import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, build_tokenizer
+from recipes.pico.patches import PATCH
+from recipes.pico.text import BOS, CHAT_TEMPLATE, EOS, IMAGE, PAD, build_tokenizer
+from vlmflow.pico import MODEL_DIR
+from vlmflow.pico.scenes import CANVAS
 
-CANVAS = 192  # pixels of the shipped model's pictures: 24 x 24 patches, 576 image tokens
 LAYERS = 10
 WIDTH = 192
 HEADS = 6
@@ -26,7 +30,7 @@ MATCHING_SCALE = 4.4  # times the usual random queries: a token's own word then 
 
 
 def build_model(canvas: int, seed: int) -> LlavaForConditionalGeneration:
-    """A model with random weights for pictures of `canvas` pixels, in float32."""
+    """A model with random weights for pictures of ``canvas`` pixels, in float32."""
     tokenizer = build_tokenizer()
     pad, bos, eos, image = (tokenizer.get_vocab()[token] for token in (PAD, BOS, EOS, IMAGE))
     vision = CLIPVisionConfig(
@@ -99,7 +103,7 @@ def resize_positions(weights: dict[str, torch.Tensor], canvas: int) -> dict[str,
 
 
 def save_folder(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write a model of 192-pixel pictures as a plain folder: half precision on disk, float32 once loaded."""
+    """Write a model as a plain folder: half precision on disk, float32 once loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     build_processor().save_pretrained(folder)
     half = LlavaForConditionalGeneration(model.config).half()
@@ -112,3 +116,8 @@ def save_folder(model: LlavaForConditionalGeneration, folder: Path) -> None:
     for part in ("text_config", "vision_config"):
         config[part].pop("dtype", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def checksum(folder: Path = MODEL_DIR) -> str:
+    """SHA-256 of the weights of a model folder; the model card of ours records what it should be."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

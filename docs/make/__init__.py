@@ -1,0 +1,1 @@
+"""Pages whose figures come from files: ``python -m docs.make.performance`` and ``.results``, from the root."""

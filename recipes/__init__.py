@@ -1,0 +1,1 @@
+"""Recipes: how the things were made that the package ships."""
