@@ -6,7 +6,7 @@ import inspect
 
 from vlmflow.cli.common import notes, out, plain_table
 from vlmflow.pruners import PRUNERS
-from vlmflow.pruners.outside import installed_pruners, load_installed
+from vlmflow.pruners.outside import code_of, installed_pruners, load_installed
 
 
 def pruners() -> None:
@@ -23,9 +23,10 @@ def pruners() -> None:
     table = plain_table("name", "fields and defaults", "what it does", "source")
     for method in methods:
         lines = (inspect.getdoc(method) or "").split("\n")
-        source = next((line.removeprefix("Source: ") for line in lines if line.startswith("Source: ")), "a control")
+        sources = [line.removeprefix("Source: ").rstrip(".") for line in lines if line.startswith("Source: ")]
+        source = sources[0] if sources else code_of(method) or "a control"
         defaults = ", ".join(f"{field}={value}" for field, value in vars(method()).items()) or "none"
-        table.add_row(method.name, defaults, lines[0].replace("``", ""), source.rstrip("."))
+        table.add_row(method.name, defaults, lines[0].replace("``", ""), source)
     out.print(table)
     out.print("Layers scale with the model's depth unless they are set.")
 

@@ -65,7 +65,7 @@ class Pruner:
         cls.name = vars(cls).get("name", cls.__name__.lower())
         if not cls.name.replace("-", "_").isidentifier():
             raise ValueError(f"{cls.__name__}: name must be letters, digits, - and _, got {cls.name!r}")
-        if not _is_shipped(cls) and any(cls.name == own.name for own in Pruner.__subclasses__() if _is_shipped(own)):
+        if not is_shipped(cls) and any(cls.name == own.name for own in Pruner.__subclasses__() if is_shipped(own)):
             raise ValueError(f"{cls.__name__}: {cls.name!r} is one of vlmflow's own methods; give it another name")
 
     def stages(self, n_layers: int, n_image: int) -> tuple[Stage, ...]:
@@ -194,7 +194,8 @@ class Pruner:
         return {"name": self.name, **asdict(self)}
 
 
-def _is_shipped(cls: type[Pruner]) -> bool:
+def is_shipped(cls: type[Pruner]) -> bool:
+    """Whether a method is vlmflow's own."""
     return cls.__module__.startswith("vlmflow.")
 
 

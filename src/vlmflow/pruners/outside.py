@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlmflow.pruners.method import Pruner
+from vlmflow.pruners.method import Pruner, is_shipped
 
 GROUP = "vlmflow.pruners"  # of entry points; their names are those of the classes
 
@@ -81,9 +81,9 @@ def check_pruner(found: Any, who: str) -> type[Pruner]:
 
 def code_of(method: type[Pruner]) -> str:
     """Which code a method from outside is, for records; empty for vlmflow's own, whose version says it."""
-    module = method.__module__
-    if module.startswith("vlmflow."):
+    if is_shipped(method):
         return ""
+    module = method.__module__
     file = vars(sys.modules[module]).get("__file__")
     return f"{Path(module).name}, sha256 {_digest(file)}" if file else module
 
