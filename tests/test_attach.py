@@ -5,6 +5,7 @@ import gc
 import inspect
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import accelerate
@@ -119,6 +120,35 @@ class TestLeavesNothing:
             assert torch.equal(generate(llava.model, batch), expected)
             generate(other.model, other.collate(other.samples))
         assert first.image_tokens != second.image_tokens
+
+    @pytest.mark.parametrize("pruner", [HIMAP, PyramidDrop(layers=(2, 4))], ids=repr)
+    def test_the_trace_keeps_no_cache_mask_or_feature(self, pruner):
+        """They go with the call, while its trace can still be read."""
+        small, seen = tiny.build("qwen3_vl"), {}
+        batch, text = small.collate(small.samples), small.model.model.language_model
+
+        def note(module, args, kwargs):
+            features = kwargs.get("deepstack_visual_embeds") or []
+            for name, values in {
+                "cache": [kwargs["past_key_values"], *kwargs["past_key_values"].layers],
+                "mask": [] if module is text else [kwargs["attention_mask"]],
+                "feature": features,
+            }.items():
+                seen.setdefault(name, []).extend(map(weakref.ref, values))
+
+        handles = [text.register_forward_pre_hook(note, with_kwargs=True)]
+        with prune(small.model, pruner) as trace:
+            handles += [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in text.layers]
+            out = small.model.generate(**batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+            seen["slots"] = [weakref.ref(layer.vlmflow_slots) for layer in out.past_key_values.layers[-2:]]
+        for handle in handles:
+            handle.remove()
+        del out
+        gc.collect()
+        assert {name: any(ref() is not None for ref in refs) for name, refs in seen.items()} == dict.fromkeys(
+            ("cache", "mask", "feature", "slots"), False
+        )
+        assert [len(kept) for kept in trace.kept[5]] == list(trace.image_tokens[5])
 
     def test_nothing_is_kept_alive(self, batch):
         model = copy.deepcopy(tiny.build("llava").model)

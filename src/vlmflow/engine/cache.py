@@ -85,24 +85,29 @@ class Slots:
         ahead = ahead.expand(position.shape[0], -1)
         return torch.cat([position, ahead], 1), torch.cat([valid, torch.ones_like(ahead, dtype=torch.bool)], 1)
 
-    def decode_mask(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
-        """Narrow the mask that the model built for the whole text to the slots of ``layer``.
+    def tell(self, layer: CacheLayer, n_query: int, kwargs: dict[str, Any], is_flash: bool) -> dict[str, Any]:
+        """A decoder layer's keyword arguments while decoding, for the slots that ``layer`` of the cache has."""
+        mask, position = kwargs.get("attention_mask"), kwargs.get("cache_position")
+        narrow = self._narrow(layer, mask, n_query, is_flash)
+        if position is not None and (narrow is not mask or capacity(layer) is not None):
+            kwargs = {**kwargs, "cache_position": position - self.dropped}  # until transformers 5.4, where to write
+        return kwargs if narrow is mask else {**kwargs, "attention_mask": narrow}
 
-        Computed once a step for all layers that share these slots and the mask.
-        """
+    def _narrow(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
+        """The mask of the whole text for the slots of ``layer``: made once a step for layers that share both."""
         if mask is None and self.all_valid:
             return None
         if torch.compiler.is_compiling() or mask is None:
-            return self._decode_mask(layer, mask, n_query, is_flash)
+            return self._narrowed(layer, mask, n_query, is_flash)
         known, narrow = self._masks.get(id(mask), (None, None))
         if known is not mask:
             if len(self._masks) > 4:  # one kind of mask a layer type; older ones belong to earlier steps
                 self._masks.clear()
-            narrow = self._decode_mask(layer, mask, n_query, is_flash)
+            narrow = self._narrowed(layer, mask, n_query, is_flash)
             self._masks[id(mask)] = (mask, narrow)
         return narrow
 
-    def _decode_mask(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
+    def _narrowed(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
         if (n_slots := capacity(layer)) is not None:
             assert mask is not None, "a static cache always comes with a mask"
             return select_mask(mask, None, *self.padded(n_slots))
@@ -132,11 +137,15 @@ def slots_of(layer: CacheLayer | None) -> Slots | None:
     return None if layer is None else vars(layer).get("vlmflow_slots")
 
 
-def hold(layer: CacheLayer, slots: Slots) -> None:
-    """Turn a layer that a pruned prefill has filled into one that knows its slots."""
-    if slots_of(layer) is None:
-        layer.__class__ = _pruned_class(type(layer))
-    layer.vlmflow_slots = slots
+def hold(past_key_values: Cache, held: dict[int, Slots]) -> None:
+    """Turn layers that a pruned prefill has filled into ones that know their slots."""
+    for layer_idx, slots in held.items():
+        layer = layer_of(past_key_values, layer_idx)
+        if layer is None:
+            continue
+        if slots_of(layer) is None:
+            layer.__class__ = _pruned_class(type(layer))
+        layer.vlmflow_slots = slots
 
 
 def physical_length(layer: CacheLayer) -> int:

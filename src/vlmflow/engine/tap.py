@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 from vlmflow.core.layout import Layout
 from vlmflow.engine.cache import UNUSED, CacheLayer, physical_length, slots_of
-from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import KernelCall, Watcher
 
 
@@ -59,14 +58,6 @@ def tapped(tap: Tap, layer_idx: int, layout: Layout, positions: Int[Tensor, "bat
         return tap(TappedCall(layer_idx, call, query, known, layout))
 
     return watcher
-
-
-def prefill_positions(prefill: Prefill, layer: CacheLayer | None) -> Int[Tensor, "batch position"]:
-    """The positions that a layer's keys will stand for in this prefill."""
-    if prefill.is_pruned:
-        return prefill.slots(layer).position
-    batch, length = prefill.layout.image.shape
-    return torch.arange(prefill.past + length, device=prefill.layout.image.device).expand(batch, -1)
 
 
 def decode_positions(layer: CacheLayer, hidden: Float[Tensor, "batch query hidden"]) -> Int[Tensor, "batch position"]:

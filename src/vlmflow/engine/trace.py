@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 from jaxtyping import Int
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig
 from vlmflow.core.cost import Cost
 from vlmflow.core.geometry import Geometry
 from vlmflow.core.layout import Layout
-from vlmflow.engine.prefill import Prefill
+from vlmflow.engine.narrow import Selection
+from vlmflow.engine.prefill import Record
 from vlmflow.pruners import Pruner
 
 
@@ -31,36 +33,36 @@ class Trace:
         self.n_layers = n_layers
         self._config = config
         self._own = threading.local()
-        self._latest: Prefill | None = None
+        self._latest: Record | None = None
 
-    def take(self, prefill: Prefill) -> None:
+    def take(self, record: Record) -> None:
         """Remember a prefill that has ended."""
-        self._own.prefill = self._latest = prefill
+        self._own.record = self._latest = record
 
     @property
     def layout(self) -> Layout:
         """The prompt's segments."""
-        return self._prefill.layout
+        return self._record.layout
 
     @property
     def kept(self) -> Kept:
         """Prompt positions of the image tokens that entered each layer: ``kept[layer][sample]``, ascending."""
-        return Kept(self._prefill, self.n_layers)
+        return Kept(self._record.selections)
 
     @property
     def image_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Image tokens that entered each layer, by sample: ``image_tokens[layer][sample]``."""
-        return tuple(self._prefill.selection_at(layer).image_tokens for layer in range(self.n_layers))
+        return tuple(selection.image_tokens for selection in self._record.selections)
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:
         """Prompt tokens that entered each layer, padding not counted: ``tokens[layer][sample]``."""
-        return tuple(self._prefill.selection_at(layer).tokens for layer in range(self.n_layers))
+        return tuple(selection.tokens for selection in self._record.selections)
 
     @property
     def kv_lengths(self) -> tuple[int, ...]:
         """Slots that each layer's KV cache held after the prefill, padding of ragged batches included."""
-        return tuple(self._prefill.kv_length(layer) for layer in range(self.n_layers))
+        return self._record.kv_lengths
 
     def cost(self) -> Cost:
         """FLOPs and KV bytes of the prefill against the unpruned run's, all samples together (see ``costs``)."""
@@ -73,39 +75,36 @@ class Trace:
         Raises:
             ValueError: a model whose geometry is not known, or a prompt that was read on top of an earlier one.
         """
-        if self._prefill.past:
+        if self._record.past:
             raise ValueError("Trace.cost: only a prompt read into an empty cache can be priced, this one had a past")
         geometry = Geometry.from_config(self._config)
-        first = self._prefill.history[0]
-        samples = zip(first.tokens, first.image_tokens, first.question_tokens, strict=True)
+        prompt = self._record.prompt
+        samples = zip(prompt.tokens, prompt.image_tokens, prompt.question_tokens, strict=True)
         return [self.pruner.cost(geometry, image, tokens - image, question) for tokens, image, question in samples]
 
     @property
-    def _prefill(self) -> Prefill:
-        prefill = vars(self._own).get("prefill", self._latest)
-        if prefill is None:
+    def _record(self) -> Record:
+        record = vars(self._own).get("record", self._latest)
+        if record is None:
             raise RuntimeError("Trace: no prompt has been read yet; run the model inside the session first")
-        return prefill
+        return record
 
 
+@dataclass(frozen=True, eq=False)
 class Kept(Sequence[tuple[Int[Tensor, " count"], ...]]):
     """By layer and sample, the prompt positions of the image tokens that entered the layer."""
 
-    def __init__(self, prefill: Prefill, n_layers: int):
-        self._prefill = prefill
-        self._n_layers = n_layers
+    selections: tuple[Selection, ...]
 
     def __len__(self) -> int:
-        return self._n_layers
+        return len(self.selections)
 
     @overload
     def __getitem__(self, index: int) -> tuple[Tensor, ...]: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[tuple[Tensor, ...]]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        layers = range(self._n_layers)[index]
-        return self._of(layers) if isinstance(layers, int) else [self._of(layer) for layer in layers]
-
-    def _of(self, layer: int) -> tuple[Tensor, ...]:
-        selection = self._prefill.selection_at(layer)
+        if isinstance(index, slice):
+            return [self[layer] for layer in range(len(self))[index]]
+        selection = self.selections[index]
         return tuple(positions[image] for positions, image in zip(selection.index, selection.image, strict=True))

@@ -1,0 +1,94 @@
+"""The attention that ranks image tokens, read as a layer computes it, or by running the layer ahead."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vlmflow.core.attention import QueryRows
+from vlmflow.core.select import right_align
+from vlmflow.engine.cache import CacheLayer, capacity, layer_of, physical_length
+from vlmflow.engine.narrow import Selection
+from vlmflow.engine.probe import KernelCall, unwatch, watch
+from vlmflow.pruners import Queries
+
+
+@dataclass
+class Reading:
+    """A watcher that takes the attention rows of a stage's queries from one layer's kernel."""
+
+    rows: Int[Tensor, "batch row"]
+    row_valid: Bool[Tensor, "batch row"]
+    filled: int | None  # slots in use, of a static cache
+    seen: QueryRows | None = None
+    first_key: int = 0  # the key of the sequence's first token
+
+    @classmethod
+    def of(cls, queries: Queries, selection: Selection, layer: CacheLayer | None) -> Reading:
+        """A reading of ``queries`` among the positions of ``selection``; ``layer`` is the watched layer's cache."""
+        by_image = queries == "image"
+        flags = selection.image if by_image else selection.question
+        rows = right_align(flags, max(selection.image_tokens if by_image else selection.question_tokens))
+        row_valid = torch.gather(flags, 1, rows)
+        if queries == "last":
+            rows, row_valid = rows[:, -1:], row_valid[:, -1:]
+        return cls(rows, row_valid, None if capacity(layer) is None else physical_length(layer))
+
+    def __call__(self, call: KernelCall) -> tuple[Tensor, Any]:
+        """Take the rows, and let the call pass."""
+        n_query, key = call.query.shape[2], call.key
+        if self.filled is not None:  # a static cache hands over its empty slots as well
+            key = key[:, :, : self.filled + n_query]
+        self.first_key = key.shape[2] - n_query
+        with torch.no_grad():
+            self.seen = QueryRows.take(
+                call.query, key, call.mask, self.rows, self.row_valid, call.scaling, call.softcap
+            )
+        return call.run()
+
+
+class _Stopped(Exception):  # noqa: N818 (no error: it ends a call early)
+    """Raised once a layer's q and k have been seen."""
+
+
+def _stop(call: KernelCall) -> tuple[Tensor, Any]:
+    raise _Stopped
+
+
+def read_ahead(
+    queries: Queries,
+    selection: Selection,
+    layer_idx: int,
+    module: Any,
+    hidden: Float[Tensor, "batch length hidden"],
+    kwargs: dict[str, Any],
+) -> Reading:
+    """Run a layer as far as its q and k, on a copy of its cache."""
+    shadow = _shadow(kwargs["past_key_values"], layer_idx)
+    reading = Reading.of(queries, selection, layer_of(shadow, layer_idx))
+    watch(module.self_attn, _stop)
+    watch(module.self_attn, reading)
+    try:
+        with torch.no_grad():
+            module.forward(hidden, **{**kwargs, "past_key_values": shadow})
+    except _Stopped:
+        pass
+    finally:
+        unwatch(module.self_attn)
+    return reading
+
+
+def _shadow(cache: Cache | None, layer_idx: int) -> Cache | None:
+    """A cache that may be written to without a trace, as far as one layer is concerned."""
+    if cache is None:
+        return None
+    shadow = copy.copy(cache)
+    shadow.layers = list(cache.layers)
+    shadow.layers[layer_idx] = copy.deepcopy(cache.layers[layer_idx])
+    return shadow
