@@ -28,9 +28,9 @@ import vlmflow
 from bench import ROOT, stages
 from vlmflow.core.geometry import Geometry
 from vlmflow.engine import attach
-from vlmflow.latency import machine
 from vlmflow.pruners import Pruner
-from vlmflow.synthetic import random_prompt
+from vlmflow.speed.latency import machine
+from vlmflow.speed.synthetic import random_prompt
 
 NARROW = Geometry(hidden=1024, intermediate=2816, layers=8, heads=16, kv_heads=16, head_dim=64, vocab=32064)
 TOP = 8  # operations of a profile

@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench import saliency, stages
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
-from vlmflow.latency import Protocol, Request, Timing, attached, peak_memory, run, synchronize
 from vlmflow.pruners import HiMAP, Pruner, Unpruned
-from vlmflow.synthetic import random_prompt
+from vlmflow.speed.latency import Protocol, Request, Timing, attached, peak_memory, run, synchronize
+from vlmflow.speed.synthetic import random_prompt
 
 PREFILLS = ((576, 1), (1152, 1), (2880, 1), (576, 8), (2880, 8), (576, 32), (2880, 32))  # image tokens, batch
 DECODES = ((576, 1), (576, 8), (576, 64), (2880, 1), (2880, 8))

@@ -30,9 +30,9 @@ from torch import Tensor
 from bench import ROOT
 from tests import oracles, tiny
 from vlmflow.engine import attach
-from vlmflow.latency import machine
 from vlmflow.models import VLM, Question, load
 from vlmflow.pruners import VTW, FastV, HiMAP, Pruner, PyramidDrop, Unpruned
+from vlmflow.speed.latency import machine
 from vlmflow.tasks import TASKS, Source
 
 TESTS = ROOT / "tests"

@@ -32,9 +32,9 @@ from torch import Tensor
 from bench import ROOT
 from vlmflow.core.geometry import Geometry
 from vlmflow.flow.saliency import saliency
-from vlmflow.latency import peak_memory
 from vlmflow.records.files import versions
-from vlmflow.synthetic import random_model, random_prompt
+from vlmflow.speed.latency import peak_memory
+from vlmflow.speed.synthetic import random_model, random_prompt
 
 METHODS = ("plain", "saliency", "checkpointed", "naive")
 ANSWER = 7

@@ -21,10 +21,10 @@ import torch
 from bench import ROOT
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import GEOMETRIES, Geometry
-from vlmflow.latency import Protocol, Request, compare, machine, synchronize
 from vlmflow.pruners import PUBLISHED, Pruner, Unpruned
 from vlmflow.records.files import versions, write_json
-from vlmflow.synthetic import random_model, random_prompt
+from vlmflow.speed.latency import Protocol, Request, compare, machine, synchronize
+from vlmflow.speed.synthetic import random_model, random_prompt
 
 TINY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=4, head_dim=16, vocab=300)
 SIDE = 24  # of an image, in tokens: 576

@@ -19,7 +19,7 @@ from tiny import DEVICE, FAMILIES, IMAGE, PATCH, Sample, Tiny, build
 from vlmflow.core import cost
 from vlmflow.core.cost import Score, cost_of, make_schedule
 from vlmflow.core.geometry import GEOMETRIES, Geometry, Tower, geometry_named
-from vlmflow.published import paper_tables
+from vlmflow.evaluate.published import paper_tables
 
 LAYERS = 3
 HIMAP = ((2, 288), (8, 72))  # LLaVA-1.5-7B: 576 image tokens, then 288, then 72

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlmflow import models, plots
+from vlmflow import models
 from vlmflow.cli import app
 from vlmflow.cli.evaluate import bars, show
 from vlmflow.evaluate import runner
@@ -23,9 +23,10 @@ from vlmflow.evaluate.budgets import for_task, with_budget
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of
 from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
 from vlmflow.evaluate.tables import Result, find_results, group_grid, report
-from vlmflow.experiments.runner import Study
-from vlmflow.experiments.runner import run as examine
-from vlmflow.experiments.saliency import ByLayer
+from vlmflow.figures import comparison
+from vlmflow.flow.contributions import ByLayer
+from vlmflow.flow.study import Study
+from vlmflow.flow.study import run as examine
 from vlmflow.models import VLM, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Unpruned
@@ -545,8 +546,9 @@ def test_bad_input_is_refused_in_one_line(args, says, tmp_path, monkeypatch):
 
 
 def test_what_no_other_point_beats():
-    cheap, good, beaten = plots.Point(10, 50, 45, 55), plots.Point(20, 60, 55, 65), plots.Point(30, 60, 55, 65)
-    assert [p for p in (cheap, good, beaten) if not any(plots._beats(q, p) for q in (cheap, good, beaten))] == [
+    figures = ((10, 50, 45, 55), (20, 60, 55, 65), (30, 60, 55, 65))
+    cheap, good, beaten = (comparison.Point(*figure) for figure in figures)
+    assert [p for p in (cheap, good, beaten) if not any(comparison._beats(q, p) for q in (cheap, good, beaten))] == [
         cheap,
         good,
     ]

@@ -17,17 +17,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlmflow import attach, plots
+from vlmflow import attach
 from vlmflow.cli import app
 from vlmflow.core.images import open_image
-from vlmflow.experiments import knockout, runner
-from vlmflow.experiments.knockout import ByWindow
-from vlmflow.experiments.rows import findings_of
-from vlmflow.experiments.runner import Study, blank, encode, run
-from vlmflow.experiments.saliency import ByLayer
+from vlmflow.figures import analysis, maps
+from vlmflow.flow import study
 from vlmflow.flow.consistency import label_consistency, score_consistency
+from vlmflow.flow.contributions import ByLayer
+from vlmflow.flow.findings import findings_of
 from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.flow.saliency import saliency
+from vlmflow.flow.study import Study, blank, encode, run
+from vlmflow.flow.windows import ByWindow
 from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.records.files import RecordError
@@ -270,27 +271,27 @@ def is_png(path):
 
 
 def test_figures_show_every_curve(tmp_path):
-    rising = plots.Curve([1, 2, 0], [0.5, 1, 0], [2, 3, 0])
-    plots.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
+    rising = analysis.Curve([1, 2, 0], [0.5, 1, 0], [2, 3, 0])
+    analysis.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
     assert {"one", "two"} <= set(curves(tmp_path / "a.svg"))
-    ratio = plots.Curve([math.inf, math.nan, -1], [0, math.nan, -math.inf], [math.inf, math.nan, 0])
-    plots.log_ratios(tmp_path / "b", ["0", "1", "2"], {"one": rising, "two": rising}, ratio, "title")
+    ratio = analysis.Curve([math.inf, math.nan, -1], [0, math.nan, -math.inf], [math.inf, math.nan, 0])
+    analysis.log_ratios(tmp_path / "b", ["0", "1", "2"], {"one": rising, "two": rising}, ratio, "title")
     assert {"one", "two", "D"} <= set(curves(tmp_path / "b.svg"))
-    plots.consistencies(tmp_path / "c", ["first", "last", "all"], {"label": {"one": rising, "two": rising}}, "title")
+    analysis.consistencies(tmp_path / "c", ["first", "last", "all"], {"label": {"one": rising, "two": rising}}, "title")
     assert {"label: one", "label: two"} <= set(curves(tmp_path / "c.svg"))
-    plots.lengths(tmp_path / "d", {"image": [576] * 5, "text": list(range(200))}, "title")
+    analysis.lengths(tmp_path / "d", {"image": [576] * 5, "text": list(range(200))}, "title")
     flows = {"into this": np.zeros((10, 8)), "into that": np.random.default_rng(0).random((10, 8))}
     picture = Image.open(SCENES[0].image)
-    plots.flow_maps(tmp_path / "e", [picture, picture], [(2, 2), (2, 2)], range(10), flows, "title")
+    maps.flow_maps(tmp_path / "e", [picture, picture], [(2, 2), (2, 2)], range(10), flows, "title")
     assert all(is_png(tmp_path / f"{name}.png") for name in "abcde")
     before = (tmp_path / "a.svg").read_bytes()
-    plots.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
+    analysis.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
     assert (tmp_path / "a.svg").read_bytes() == before
 
 
 def test_a_figure_has_no_empty_band(tmp_path):
-    curve = plots.Curve([0.4, 0.2], [0.3, 0.1], [0.5, 0.3])
-    plots.log_ratios(tmp_path / "a", ["0-1", "2-3"], {"one": curve, "two": curve}, curve, "title")
+    curve = analysis.Curve([0.4, 0.2], [0.3, 0.1], [0.5, 0.3])
+    analysis.log_ratios(tmp_path / "a", ["0-1", "2-3"], {"one": curve, "two": curve}, curve, "title")
     with Image.open(tmp_path / "a.png") as picture:
         ink = (np.asarray(picture.convert("L")) < 255).any(axis=1)
     rows = np.flatnonzero(np.concatenate([[True], ink, [True]]))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vlmflow.core.statistics import Interval
-from vlmflow.experiments.knockout import ByWindow, ends
-from vlmflow.experiments.rows import Finding
-from vlmflow.experiments.saliency import ByLayer, takes_over
-from vlmflow.experiments.verdict import Claim, judge, named_layers, number, numbers, shown, span
+from vlmflow.flow.contributions import ByLayer, takes_over
+from vlmflow.flow.findings import Finding
+from vlmflow.flow.verdict import Claim, judge, named_layers, number, numbers, shown, span
+from vlmflow.flow.windows import ByWindow, ends
 
 WHOLE = Interval(1.0, 0.5, 1.5)
 

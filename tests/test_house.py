@@ -49,7 +49,7 @@ def test_rooms_import_downwards(path):
     [
         ("vlmflow", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.core.cost", {"torch", "transformers", "matplotlib"}),
-        ("vlmflow.published", {"torch", "transformers", "matplotlib"}),
+        ("vlmflow.evaluate.published", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.plots", {"torch", "transformers"}),
         ("vlmflow.pico", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.pruners", {"torch", "transformers", "matplotlib"}),

@@ -253,7 +253,7 @@ def test_no_server(serve):
 )
 def test_pauses_double_and_heed_the_server(serve, monkeypatch, asked, slept):
     pauses: list[float] = []
-    monkeypatch.setattr("vlmflow.tasks.judge.time.sleep", pauses.append)
+    monkeypatch.setattr("vlmflow.evaluate.judge.time.sleep", pauses.append)
     waits = [{"Retry-After": wait} if wait else {} for wait in [*asked, None]]
     server = serve(lambda request, before: (429, {}, waits[before]))
     list(judge(server, attempts=4, pause=1.0).mark(RUBRIC, ANSWERS[:1]))
@@ -406,7 +406,7 @@ def test_a_judge_that_fails_costs_no_answer_and_no_mark(serve, command, tmp_path
     said, out = [401], tmp_path / "out"
     server = serve(lambda request, before: (said[0], {}) if said and number(request) else reply("0.5"))
     judged = ["--judge", "j", "--judge-url", server.url]
-    monkeypatch.setattr("vlmflow.tasks.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("vlmflow.evaluate.judge.time.sleep", lambda seconds: None)
     refused = command(*judged)
     assert refused.exit_code == 2
     assert "is the key in OPENAI_API_KEY right?" in refused.stderr

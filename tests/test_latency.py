@@ -8,9 +8,9 @@ from vlmflow import VTW, FastV, HiMAP, attach
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
 from vlmflow.core.statistics import Interval
-from vlmflow.latency import Comparison, Latency, Request, Timing, compare, ratio_of_medians, run, warm_up
 from vlmflow.pruners import Unpruned
-from vlmflow.synthetic import random_model, random_prompt, square_side
+from vlmflow.speed.latency import Comparison, Latency, Request, Timing, compare, ratio_of_medians, run, warm_up
+from vlmflow.speed.synthetic import random_model, random_prompt, square_side
 
 GEOMETRY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=2, head_dim=16, vocab=300)
 
@@ -75,7 +75,7 @@ def test_a_run_counts_tokens_and_bytes(model, prompts, pruner):
 
 def test_the_decoders_time_ends_before_lm_head(model, prompts, monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr("vlmflow.latency.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("vlmflow.speed.latency.time.perf_counter", lambda: float(next(ticks)))
     hook = model.lm_head.register_forward_pre_hook(lambda *_: [next(ticks) for _ in range(5)] and None)
     timing = run(model, Request(prompts), Unpruned())
     hook.remove()
@@ -113,8 +113,8 @@ def test_runs_are_interleaved_after_a_round_that_is_not_counted(model, prompts, 
         seen.append("warm")
         return warm_up(*given)
 
-    monkeypatch.setattr("vlmflow.latency.run", fake)
-    monkeypatch.setattr("vlmflow.latency.warm_up", warm)
+    monkeypatch.setattr("vlmflow.speed.latency.run", fake)
+    monkeypatch.setattr("vlmflow.speed.latency.warm_up", warm)
     found = compare(model, Request(prompts), {"himap": HiMAP(k1=1, k2=3), "vtw": VTW(k=3)}, repeats=2)
     assert seen == ["warm"] * 3 + ["Unpruned", "HiMAP", "VTW"] * 2
     assert found.methods["none"].seconds["prefill"] == (4 + 7) / 2

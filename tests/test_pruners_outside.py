@@ -15,9 +15,9 @@ from test_cli import ASK, SCENE, refused, vlmflow
 from vlmflow.ask import ask
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.sweep import plan
-from vlmflow.latency import Request, compare
 from vlmflow.models import Question, load, open_image
 from vlmflow.pruners import PRUNERS, HiMAP, Pruner, Stage, find_pruner, find_pruners, kept_after, make_pruner
+from vlmflow.speed.latency import Request, compare
 
 CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 NORM = re.search(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL).group(1)

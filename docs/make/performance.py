@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.make.page import ROOT, put, table
-from vlmflow.plots import Promise, promises
+from vlmflow.figures.comparison import Promise, promises
 from vlmflow.records.files import write_text
 
 PAGE = ROOT / "docs" / "performance.md"

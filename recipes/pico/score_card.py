@@ -21,7 +21,7 @@ from recipes.pico import RECORD
 from recipes.pico.model import checksum
 from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.evaluate.runner import Evaluation, run
-from vlmflow.experiments.runner import GREY
+from vlmflow.flow.study import GREY
 from vlmflow.models import VLM, load
 from vlmflow.pico import MODEL_DIR
 from vlmflow.pico.scenes import CANVAS

@@ -31,7 +31,7 @@ from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:
     from vlmflow.core.statistics import Interval
-    from vlmflow.latency import Comparison, Protocol, Request
+    from vlmflow.speed.latency import Comparison, Protocol, Request
 
 PROTOCOLS: dict[Protocol, str] = {
     "deployed": "KV cache, fused attention",
@@ -77,7 +77,7 @@ def bench(
     """
     import torch
 
-    from vlmflow.latency import Request, compare, machine
+    from vlmflow.speed.latency import Request, compare, machine
 
     with refusals():
         if protocol not in PROTOCOLS:
@@ -149,7 +149,7 @@ def drawn(
 ) -> tuple[Any, list[dict[str, Any]]]:
     """A random model of a geometry's widths, and random prompts for each number of image tokens and batch size."""
     from vlmflow.models import default_device, dtype_named
-    from vlmflow.synthetic import random_model, random_prompt, square_side
+    from vlmflow.speed.synthetic import random_model, random_prompt, square_side
 
     with refusals():
         model = random_model(

@@ -14,8 +14,8 @@ from rich.filesize import decimal
 from vlmflow.cli.common import PrunerOption, SetOption, out, parse_settings, plain_table, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
+from vlmflow.evaluate.published import paper_tables
 from vlmflow.pruners import make_pruner
-from vlmflow.published import paper_tables
 
 NAMES = {
     "mean_image_tokens": "image tokens entering a layer, mean",

@@ -371,7 +371,7 @@ def _print_summary(summary: dict[str, Any], task: Task) -> None:
 
 def _draw(lines: Sequence[Line], path: Path, title: str) -> bool:
     """The Pareto picture, where figures and costs are known."""
-    from vlmflow.plots import Point, pareto
+    from vlmflow.figures.comparison import Point, pareto
 
     def point(line: Line, share: float | None) -> Point | None:
         if share is None or line.value is None or line.low is None or line.high is None:

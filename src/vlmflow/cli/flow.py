@@ -28,7 +28,7 @@ from vlmflow.records.files import versions, write_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
-    from vlmflow.experiments.runner import Experiment
+    from vlmflow.flow.study import Experiment
 
 INTERVALS = ", 95 % intervals"
 
@@ -68,10 +68,10 @@ def saliency(
         chosen = _task(task, samples, source)
         where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
         named = _layers(layers)
-        from vlmflow.experiments.saliency import ByLayer
+        from vlmflow.flow.contributions import ByLayer
 
     summary = _study(chosen, where, limit, seed, ByLayer(named), out_dir, model, device, dtype)
-    from vlmflow import plots
+    from vlmflow.figures import analysis
 
     measures, title, where = summary["measures"], _title(summary), summary["settings"]["examined"]
     importance = "importance (mean over samples)"
@@ -83,8 +83,8 @@ def saliency(
     flows = {"visual-textual (S_vt)": "s_vt", "intra-visual (S_vv)": "s_vv"}
     for stem, names in {"contributions": contributions, "flows": flows}.items():
         curves = {label: _curve(measures[name]) for label, name in names.items()}
-        plots.by_layer(out_dir / stem, where, curves, importance, title)
-    plots.lengths(out_dir / "lengths", summary["lengths"], title.removesuffix(INTERVALS))
+        analysis.by_layer(out_dir / stem, where, curves, importance, title)
+    analysis.lengths(out_dir / "lengths", summary["lengths"], title.removesuffix(INTERVALS))
     _close(summary, out_dir, ["contributions", "flows", "lengths"], json_)
 
 
@@ -113,11 +113,11 @@ def knockout(
         chosen = _task(task, samples, source)
         where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
         named = _layers(layers)
-        from vlmflow.experiments.knockout import ByWindow
+        from vlmflow.flow.windows import ByWindow
 
         experiment = ByWindow(named, windows)
     summary = _study(chosen, where, limit, seed, experiment, out_dir, model, device, dtype)
-    from vlmflow import plots
+    from vlmflow.figures import analysis
 
     title, kept = _title(summary), summary["consistency"]
     panels = {
@@ -125,10 +125,10 @@ def knockout(
         for measure in ("label", "score")
     }
     first, last = (len(end) for end in summary["settings"]["ends"])
-    plots.consistencies(out_dir / "consistency", [f"first {first} layers", f"last {last} layers"], panels, title)
+    analysis.consistencies(out_dir / "consistency", [f"first {first} layers", f"last {last} layers"], panels, title)
     lost = {f"{path} flow": _curve(own) for path, own in summary["lost"]["score"].items()}
     places = ["-".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in summary["settings"]["examined"]]
-    plots.log_ratios(out_dir / "windows", places, lost, _curve(summary["log_vv_vt"]["score"]), title)
+    analysis.log_ratios(out_dir / "windows", places, lost, _curve(summary["log_vv_vt"]["score"]), title)
     _close(summary, out_dir, ["consistency", "windows"], json_)
 
 
@@ -155,8 +155,8 @@ def show_(
 
         question = Question(prompt, tuple(open_image(path) for path in image))
     vlm = load_model(model, device, dtype)
-    from vlmflow import plots
-    from vlmflow.experiments.picture import patches
+    from vlmflow.figures import maps
+    from vlmflow.flow.picture import patches
 
     with refusals():
         found = patches(vlm, question, named)
@@ -172,8 +172,8 @@ def show_(
         }
         seen = seen_images(vlm.encode([question]), question.images)
         title = f"{prompt} → {found.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
-        maps = {label: own.cpu().numpy() for label, own in flows.items()}
-        plots.flow_maps(out_dir / "flow", seen, found.grids, found.layers, maps, title)
+        arrays = {label: flow.cpu().numpy() for label, flow in flows.items()}
+        maps.flow_maps(out_dir / "flow", seen, found.grids, found.layers, arrays, title)
         write_json(out_dir / "flow.json", record)
     typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
     if json_:
@@ -192,7 +192,7 @@ def _study(
     dtype: str,
 ) -> dict[str, Any]:
     """Run an experiment; its summary. Bad samples and settings are refused before a model is loaded."""
-    from vlmflow.experiments.runner import Study, run
+    from vlmflow.flow.study import Study, run
 
     study = Study(task, experiment, source, limit, seed)
     with refusals():
@@ -244,7 +244,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 def _curve(intervals: Sequence[Mapping[str, Any]]) -> Any:
     """Recorded intervals, for drawing."""
-    from vlmflow.experiments.verdict import number
-    from vlmflow.plots import Curve
+    from vlmflow.figures.analysis import Curve
+    from vlmflow.flow.verdict import number
 
     return Curve(*([number(own[name]) for own in intervals] for name in ("value", "low", "high")))

@@ -116,7 +116,7 @@ def cost_cells(one: Run) -> list[str]:
 
 def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record: dict[str, Any]) -> None:
     """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
-    from vlmflow import plots
+    from vlmflow.figures import maps
     from vlmflow.models import patch_grids, seen_images
 
     write_json(folder / "record.json", record)
@@ -129,7 +129,7 @@ def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record
         return
     methods = {f"{name}: {one.answer.text[:40]}": one.stages for name, one in runs.items()}
     images = seen_images(inputs, question.images)
-    plots.kept_patches(folder / "patches.png", images, grids, methods, question.text)
+    maps.kept_patches(folder / "patches.png", images, grids, methods, question.text)
     typer.echo(f"wrote {folder / 'patches.png'}")
 
 
@@ -141,9 +141,9 @@ def demo(
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
     from vlmflow.ask import ask
     from vlmflow.core.images import open_image
-    from vlmflow.latency import Request, compare
     from vlmflow.models import Question
     from vlmflow.pico import samples
+    from vlmflow.speed.latency import Request, compare
 
     with refusals():
         if out_dir.is_file():

@@ -18,7 +18,7 @@ from vlmflow.core.attention import QueryRows
 from vlmflow.core.layout import SEGMENTS, Layout
 from vlmflow.engine import TappedCall, attach
 from vlmflow.engine.target import Target
-from vlmflow.flow.answer import Answer, answers_of, extend
+from vlmflow.flow.target_tokens import Answer, answers_of, extend
 
 Form = Literal["paper", "released"]
 

@@ -3,6 +3,7 @@
 Each stands whole in its file: where its samples come from, its prompts, its answer rules, its figure.
 """
 
+from vlmflow.evaluate.judge import Judge, Verdict
 from vlmflow.tasks.aokvqa import AOKVQA
 from vlmflow.tasks.core import (
     Figure,
@@ -18,7 +19,6 @@ from vlmflow.tasks.core import (
 from vlmflow.tasks.easy_vqa import EASY_VQA
 from vlmflow.tasks.flickr30k import FLICKR30K
 from vlmflow.tasks.jsonl import JSONL
-from vlmflow.tasks.judge import Judge, Verdict
 from vlmflow.tasks.llava_bench import LLAVA_BENCH
 from vlmflow.tasks.mmvet import MMVET
 from vlmflow.tasks.nocaps import NOCAPS

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmflow.experiments.runner import encode
-from vlmflow.experiments.verdict import named_layers
 from vlmflow.flow.saliency import saliency
+from vlmflow.flow.study import encode
+from vlmflow.flow.verdict import named_layers
 from vlmflow.models import VLM, Question, patch_grids
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio
-from vlmflow.experiments.rows import Finding
-from vlmflow.experiments.runner import Asked
-from vlmflow.experiments.verdict import (
+from vlmflow.flow.findings import Finding
+from vlmflow.flow.saliency import saliency
+from vlmflow.flow.study import Asked
+from vlmflow.flow.verdict import (
     Claim,
     halves,
     named_layers,
@@ -22,7 +23,6 @@ from vlmflow.experiments.verdict import (
     span,
     told,
 )
-from vlmflow.flow.saliency import saliency
 from vlmflow.models import VLM
 from vlmflow.records.table import Table
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vlmflow.core.statistics import Resampled, clusters_of, log_ratio
 from vlmflow.engine import attach
-from vlmflow.experiments.rows import Finding
-from vlmflow.experiments.runner import Asked
-from vlmflow.experiments.verdict import Claim, halves, named_layers, numbers, record, shown, span, told
 from vlmflow.flow.consistency import label_consistency, score_consistency
+from vlmflow.flow.findings import Finding
 from vlmflow.flow.knockout import Knockout, random_positions
+from vlmflow.flow.study import Asked
+from vlmflow.flow.verdict import Claim, halves, named_layers, numbers, record, shown, span, told
 from vlmflow.models import VLM
 from vlmflow.records.table import Table
 

@@ -21,9 +21,9 @@ from vlmflow.core.statistics import Resampled, clusters_of
 from vlmflow.engine import attach
 from vlmflow.evaluate.rows import Row
 from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
-from vlmflow.experiments.rows import Finding, findings_of
-from vlmflow.experiments.verdict import numbers
-from vlmflow.flow.answer import likeliest, spellings
+from vlmflow.flow.findings import Finding, findings_of
+from vlmflow.flow.target_tokens import likeliest, spellings
+from vlmflow.flow.verdict import numbers
 from vlmflow.models import VLM, Question
 from vlmflow.pruners import Unpruned
 from vlmflow.records.files import RecordError, write_json, write_text

@@ -1,0 +1,1 @@
+"""Figures from results; nothing here computes one, and no torch is imported."""
