@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from vlmflow.geometry import GEOMETRIES, Geometry
 from vlmflow.pico import MODEL_DIR
+from vlmflow.processors import load_processor
 
 FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it by; each is tested from its config
     "llava": "LLaVA-1.5",
@@ -36,6 +38,7 @@ FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it
     "gemma3": "Gemma 3",
     "paligemma": "PaliGemma 1, 2",
 }
+BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # inputs with a number a token
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 
 
@@ -84,20 +87,46 @@ class VLM:
 
     def encode(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         """A left-padded batch of prompts, images before text, on the model's device."""
-        processor = self.processor
-        batch = processor(
-            text=[self._prompt(question) for question in questions],
-            images=[list(question.images) for question in questions] if any(q.images for q in questions) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return dict(batch.to(self.device, self.model.dtype))
+        seeing = [question for question in questions if question.images]
+        blind = [question for question in questions if not question.images]
+        if not blind:
+            batch = self._encode_images(seeing)
+        elif not seeing:
+            batch = self._encode_text(blind)
+        else:  # apart, since some processors refuse a prompt without images, or misplace its start, in such a batch
+            has_images = torch.tensor([bool(question.images) for question in questions])
+            padding = self.processor.tokenizer.pad_token_id
+            batch = interleave(self._encode_images(seeing), self._encode_text(blind), has_images, padding)
+        dtype = self.model.dtype
+        return {key: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for key, t in batch.items()}
+
+    def _encode_images(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        prompts = [self._prompt(question) for question in questions]
+        images = [list(question.images) for question in questions]
+        batch = self.processor(text=prompts, images=images, **self._how(prompts))
+        return {key: value for key, value in batch.items() if key != "labels"}  # PaliGemma's, of no use for an answer
+
+    def _encode_text(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        prompts = [self._prompt(question) for question in questions]
+        types = "token_type_ids" in self.processor.model_input_names
+        return dict(self.processor.tokenizer(prompts, return_token_type_ids=types, **self._how(prompts)))
+
+    def _how(self, prompts: Sequence[str]) -> dict[str, Any]:
+        start = self.processor.tokenizer.bos_token
+        started = start is not None and prompts[0].startswith(start)  # by the chat template; a second start would harm
+        return {
+            "padding": True,
+            "padding_side": "left",
+            "return_tensors": "pt",
+            "add_special_tokens": not started,
+        }
 
     def _prompt(self, question: Question) -> str:
         processor = self.processor
         if not processor.chat_template:  # a model that was never taught to chat, such as PaliGemma
-            return processor.image_token * len(question.images) + question.text
+            if question.images:
+                return processor.image_token * len(question.images) + question.text
+            return f"{processor.tokenizer.bos_token or ''}{question.text}\n"  # as its processor ends those with images
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
@@ -137,14 +166,12 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     spread = "auto" if device == "auto" else None
     logging.disable_progress_bar()
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = load_processor(path)
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn, device_map=spread
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
-    if not isinstance(processor, ProcessorMixin):
-        raise ModelError(f"cannot load {name!r}: it has no processor for images, so it is no image-text-to-text model")
     if spread:
         return VLM(name, model.eval(), processor)
     where = device or default_device()
@@ -229,6 +256,21 @@ def open_image(path: str | Path) -> Image.Image:
             raise ImageError(f"the image {path} has more than {MAX_PIXELS:,} pixels; make it smaller first") from error
         except (OSError, SyntaxError) as error:
             raise ImageError(f"the image {path} is broken ({_first_line(error)}); get an intact copy") from error
+
+
+def interleave(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], of_first: Bool[Tensor, " batch"], padding: int
+) -> dict[str, torch.Tensor]:
+    """One left-padded batch of two, the second without images; ``of_first`` says which samples are the first's."""
+    widths = [part["input_ids"].shape[1] for part in (first, second)]
+    batch = dict(first)
+    for key in BY_TOKEN & first.keys():
+        whole = torch.full((len(of_first), max(widths)), padding if key == "input_ids" else 0)
+        whole[of_first, -widths[0] :] = first[key]
+        if key in second:
+            whole[~of_first, -widths[1] :] = second[key]
+        batch[key] = whole
+    return batch
 
 
 def patch_grids(

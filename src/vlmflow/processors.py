@@ -1,0 +1,242 @@
+"""Load a checkpoint's processor, for images alone where its video half lacks a package."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import PushToHubMixin
+
+if TYPE_CHECKING:  # at run time it is imported once a broken torchvision is out of its way
+    from transformers import ProcessorMixin
+
+NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+EXTRAS = {  # package -> the extra of ours that brings it
+    "torchvision": "video",
+    "num2words": "video",
+    "sentencepiece": "tokenizers",
+    "tiktoken": "tokenizers",
+    "protobuf": "tokenizers",
+}
+
+
+class ProcessorError(ValueError):
+    """A processor cannot be loaded or used; the message says what to do."""
+
+
+def load_processor(path: str) -> ProcessorMixin:
+    """Load the processor of a hub id or local folder; no code of the checkpoint's own is run.
+
+    Most families' processors also take videos, and want torchvision and other packages that only videos need. Where
+    one is missing or broken, the processor is put together from its tokenizer and its image processor: it refuses
+    videos, and a line on stderr says what they would need, once in a process.
+
+    Raises:
+        ProcessorError: there is none for images, or none but in code of the checkpoint's own; it lacks a package that
+            images need; its tokenizer is missing.
+        OSError: it cannot be found.
+    """
+    videos_need = _set_aside_broken_torchvision() or 'pip install "vlmflow[video]"'
+    kind = _processor_class(path)
+    try:
+        processor = _with_videos(kind, path) or _for_images(kind, path, videos_need)
+    except (ImportError, ValueError) as error:
+        raise ProcessorError(_reason(error)) from error
+    known = processor.tokenizer.encode("a", add_special_tokens=False)
+    if set(known) <= set(processor.tokenizer.all_special_ids):  # transformers makes an empty one of no file at all
+        raise ProcessorError("its tokenizer knows no text: tokenizer.json is missing; get the whole checkpoint")
+    return processor
+
+
+@cache
+def _set_aside_broken_torchvision() -> str | None:
+    """Make a torchvision that cannot be imported pass for one that is not installed, and say what is wrong with it.
+
+    transformers asks whether torchvision is there, not whether it can be imported, and then fails as a whole; so it
+    does with PyPI's torchvision, which is built for CUDA, beside a torch for the CPU.
+    """
+    if find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # RuntimeError, OSError, ImportError, ...: it is up to what does not fit
+        from transformers.utils import import_utils
+
+        sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType] (Python's sign for "not to be had")
+        import_utils.is_torchvision_available.cache_clear()
+        import_utils.is_torchvision_v2_available.cache_clear()
+        return f"a torchvision that fits this torch ({type(error).__name__}: {_first_line(error)})"
+    return None
+
+
+def _processor_class(path: str) -> Any:
+    """The class that the checkpoint's files name, else that of its model type."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = _named_class(path)
+    if name is None:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    if name is None:
+        raise ProcessorError("it has no processor for images, so it is no image-text-to-text model")
+    try:
+        found = getattr(transformers, name)
+        # a class that is said to need torchvision comes as a placeholder, which knows where the class itself is
+        return getattr(_module(found.__module__), name)
+    except ImportError as error:
+        raise ProcessorError(_reason(error)) from error
+    except AttributeError as error:
+        raise ProcessorError(
+            f"its {name} is not in transformers {transformers.__version__}; code of a checkpoint's own is never run"
+        ) from error
+
+
+def _named_class(path: str) -> str | None:
+    from transformers.utils import cached_file
+
+    for name in NAMING_FILES:
+        file = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is None:
+            continue
+        try:
+            named = json.loads(Path(file).read_text("utf-8")).get("processor_class")
+        except ValueError as error:
+            raise ProcessorError(f"its {name} is broken ({_first_line(error)}); get it again") from error
+        if named is not None:
+            return named
+    return None
+
+
+def _module(name: str) -> Any:
+    """A processor's module; one that takes a function from its image processor's may take it from the Pillow twin."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        folder, _, family = name.rpartition(".processing_")
+        if find_spec(twin := f"{folder}.image_processing_pil_{family}") is None:
+            raise
+        wanted = f"{folder}.image_processing_{family}"
+        sys.modules[wanted] = importlib.import_module(twin)
+        try:
+            return importlib.import_module(name)
+        finally:
+            del sys.modules[wanted]
+
+
+def _with_videos(kind: Any, path: str) -> Any | None:
+    """The processor as it is, None if its video half lacks a package."""
+    from transformers.utils import is_torchvision_available
+
+    takes_videos = "video_processor" in kind.get_attributes()
+    if takes_videos and not is_torchvision_available():
+        return None
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False)
+    except ImportError:
+        if takes_videos:
+            return None
+        raise
+
+
+def _for_images(kind: Any, path: str, videos_need: str) -> Any:
+    """A processor that refuses videos."""
+    from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
+
+    settings, _ = kind.get_processor_dict(path)
+    parts = [
+        NoVideos(videos_need)
+        if part == "video_processor"
+        else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(path, trust_remote_code=False)
+        for part in kind.get_attributes()
+    ]
+    with _excused(kind):
+        processor = _lenient(kind).from_args_and_dict(parts, settings)
+    _note(videos_need)
+    return processor
+
+
+class NoVideos(PushToHubMixin):  # which transformers takes as the sign that a part can be written with its processor
+    """What stands in for the video half of a processor, and refuses to be used."""
+
+    num_frames = fps = None  # SmolVLM takes them along with every prompt
+
+    def __init__(self, videos_need: str) -> None:
+        self.videos_need = videos_need
+        self.model_input_names: list[str] = []
+
+    def __call__(self, videos: Any, **_: Any) -> Any:
+        """Refuse."""
+        raise ProcessorError(f"this processor was loaded for images only; videos would need {self.videos_need}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nothing that could be loaded again."""
+        return {}
+
+
+def _lenient(kind: Any) -> Any:
+    """The class under the same name, less its check that the video half has a type which only torchvision brings."""
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return type(part) if isinstance(part, NoVideos) else kind.check_argument_for_proper_class(self, name, part)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+
+
+@contextmanager
+def _excused(kind: Any) -> Iterator[None]:
+    """Let a class be built that insists on a package for its videos, as SmolVLM's does on num2words.
+
+    Such a package, where it is not installed, is None in the class's module.
+    """
+    module = sys.modules[kind.__module__]
+    absent = [name for name, value in vars(module).items() if value is None and not name.startswith("_")]
+    for name in absent:
+        setattr(module, name, ProcessorError)
+    try:
+        yield
+    finally:
+        for name in absent:
+            setattr(module, name, None)
+
+
+@cache
+def _note(videos_need: str) -> None:
+    """Say once on stderr that videos are left out."""
+    logging.getLogger(__name__).warning("loaded for images only; videos would need %s", videos_need)
+
+
+def _reason(error: BaseException) -> str:
+    """One line; a package that is not installed is named with the extra that brings it."""
+    from transformers.utils import is_torchvision_available
+
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause).lower())
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(chain)
+    if "image processor" in text and not is_torchvision_available():
+        text = "torchvision"  # without it transformers 5.12 knows no image processor for Idefics3, and does not say why
+    for package, extra in EXTRAS.items():
+        if package in text:
+            return f'it needs {package}, which is not installed: pip install "vlmflow[{extra}]"'
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
