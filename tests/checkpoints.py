@@ -97,7 +97,7 @@ def tokenizer(family: Family) -> Tokenizer:
         made.normalizer = normalizers.Replace(" ", "▁")
         made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     framing = [token for token in (padding, start, end, unknown) if token is not None]
-    special = [token for token in dict.fromkeys([*framing, *family.special.values()])]
+    special = dict.fromkeys([*framing, *family.special.values()])
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     if start is not None:
         made.post_processor = processors.TemplateProcessing(

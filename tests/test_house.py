@@ -15,6 +15,7 @@ FLOORS = [  # a room may import those below it, and its own floor
     {"cost"},
     {"pruners", "published"},
     {"engine"},
+    {"processors"},
     {"flow", "models", "synthetic"},
     {"ask", "tasks", "latency"},
     {"evaluate"},

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import PushToHubMixin
+from transformers.utils import import_utils
+from transformers.utils.hub import PushToHubMixin, cached_file
 
 if TYPE_CHECKING:  # at run time it is imported once a broken torchvision is out of its way
     from transformers import ProcessorMixin
@@ -68,8 +69,6 @@ def _set_aside_broken_torchvision() -> str | None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # RuntimeError, OSError, ImportError, ...: it is up to what does not fit
-        from transformers.utils import import_utils
-
         sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType] (Python's sign for "not to be had")
         import_utils.is_torchvision_available.cache_clear()
         import_utils.is_torchvision_v2_available.cache_clear()
@@ -80,7 +79,9 @@ def _set_aside_broken_torchvision() -> str | None:
 def _processor_class(path: str) -> Any:
     """The class that the checkpoint's files name, else that of its model type."""
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.processing_auto import (
+        PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage] (5.23 defines it elsewhere than 5.0)
+    )
 
     name = _named_class(path)
     if name is None:
@@ -101,8 +102,6 @@ def _processor_class(path: str) -> Any:
 
 
 def _named_class(path: str) -> str | None:
-    from transformers.utils import cached_file
-
     for name in NAMING_FILES:
         file = cached_file(
             path,
@@ -140,10 +139,8 @@ def _module(name: str) -> Any:
 
 def _with_videos(kind: Any, path: str) -> Any | None:
     """The processor as it is, None if its video half lacks a package."""
-    from transformers.utils import is_torchvision_available
-
     takes_videos = "video_processor" in kind.get_attributes()
-    if takes_videos and not is_torchvision_available():
+    if takes_videos and not import_utils.is_torchvision_available():
         return None
     try:
         return kind.from_pretrained(path, trust_remote_code=False)
@@ -222,15 +219,13 @@ def _note(videos_need: str) -> None:
 
 def _reason(error: BaseException) -> str:
     """One line; a package that is not installed is named with the extra that brings it."""
-    from transformers.utils import is_torchvision_available
-
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
         chain.append(str(cause).lower())
         cause = cause.__cause__ or cause.__context__
     text = " ".join(chain)
-    if "image processor" in text and not is_torchvision_available():
+    if "image processor" in text and not import_utils.is_torchvision_available():
         text = "torchvision"  # without it transformers 5.12 knows no image processor for Idefics3, and does not say why
     for package, extra in EXTRAS.items():
         if package in text:
