@@ -207,6 +207,7 @@ def test_every_processor_loads_beside_a_broken_torchvision(checkpoint, broken_to
     names = [name for name in FAMILIES if name not in LACKING]
     code = (
         "import sys, transformers\n"
+        "from vlmflow import prune\n"
         "from vlmflow.processors import load_processor\n"
         "for path in sys.argv[1:]: print(type(load_processor(path)).__name__)"
     )

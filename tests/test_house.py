@@ -11,7 +11,7 @@ import vlmflow
 
 SOURCE = Path(vlmflow.__file__).parent
 FLOORS = [  # a room may import those below it, and its own floor
-    {"layout", "attention", "geometry", "pico"},
+    {"layout", "attention", "geometry", "pico", "backends"},
     {"cost"},
     {"pruners", "published"},
     {"engine"},

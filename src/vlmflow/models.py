@@ -22,7 +22,9 @@ from vlmflow.geometry import GEOMETRIES, Geometry
 from vlmflow.pico import MODEL_DIR
 from vlmflow.processors import load_processor
 
-FAMILIES: dict[str, str] = {  # model_type -> the checkpoints that users know it by; each is tested from its config
+FAMILIES: dict[
+    str, str
+] = {  # model_type -> the checkpoints that users know it by; each is tested, also as a whole checkpoint
     "llava": "LLaVA-1.5",
     "llava_next": "LLaVA-NeXT (1.6)",
     "llava_onevision": "LLaVA-OneVision",

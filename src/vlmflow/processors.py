@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import import_utils
 from transformers.utils.hub import PushToHubMixin, cached_file
 
+from vlmflow.backends import set_aside_broken_torchvision
+
 if TYPE_CHECKING:  # at run time it is imported once a broken torchvision is out of its way
     from transformers import ProcessorMixin
 
@@ -45,8 +47,11 @@ def load_processor(path: str) -> ProcessorMixin:
             images need; its tokenizer is missing.
         OSError: it cannot be found.
     """
-    videos_need = _set_aside_broken_torchvision() or 'pip install "vlmflow[video]"'
+    flaw = set_aside_broken_torchvision()
+    videos_need = f"a torchvision that fits this torch ({flaw})" if flaw else 'pip install "vlmflow[video]"'
     kind = _processor_class(path)
+    if not {"tokenizer", "image_processor"} <= set(kind.get_attributes()):
+        raise ProcessorError(f"its {kind.__name__} takes no images with text, so it is no image-text-to-text model")
     try:
         processor = _with_videos(kind, path) or _for_images(kind, path, videos_need)
     except (ImportError, ValueError) as error:
@@ -55,25 +60,6 @@ def load_processor(path: str) -> ProcessorMixin:
     if set(known) <= set(processor.tokenizer.all_special_ids):  # transformers makes an empty one of no file at all
         raise ProcessorError("its tokenizer knows no text: tokenizer.json is missing; get the whole checkpoint")
     return processor
-
-
-@cache
-def _set_aside_broken_torchvision() -> str | None:
-    """Make a torchvision that cannot be imported pass for one that is not installed, and say what is wrong with it.
-
-    transformers asks whether torchvision is there, not whether it can be imported, and then fails as a whole; so it
-    does with PyPI's torchvision, which is built for CUDA, beside a torch for the CPU.
-    """
-    if find_spec("torchvision") is None:
-        return None
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:  # RuntimeError, OSError, ImportError, ...: it is up to what does not fit
-        sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType] (Python's sign for "not to be had")
-        import_utils.is_torchvision_available.cache_clear()
-        import_utils.is_torchvision_v2_available.cache_clear()
-        return f"a torchvision that fits this torch ({type(error).__name__}: {_first_line(error)})"
-    return None
 
 
 def _processor_class(path: str) -> Any:
@@ -225,8 +211,9 @@ def _reason(error: BaseException) -> str:
         chain.append(str(cause).lower())
         cause = cause.__cause__ or cause.__context__
     text = " ".join(chain)
-    if "image processor" in text and not import_utils.is_torchvision_available():
-        text = "torchvision"  # without it transformers 5.12 knows no image processor for Idefics3, and does not say why
+    if "unrecognized image processor" in text and not import_utils.is_torchvision_available():
+        # so it is with Idefics3 in transformers 5.12, which does not say why
+        return 'transformers finds no image processor for it; some need torchvision: pip install "vlmflow[video]"'
     for package, extra in EXTRAS.items():
         if package in text:
             return f'it needs {package}, which is not installed: pip install "vlmflow[{extra}]"'
