@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
-LAWS := tests/test_laws.py tests/test_generate.py tests/test_attach.py tests/test_kernels.py tests/test_tap.py
+LAWS := tests/test_checkpoints.py tests/test_laws.py tests/test_generate.py tests/test_attach.py tests/test_kernels.py tests/test_tap.py
 
 .PHONY: demo test lint types tests compat lmms bench results pages gpu pico clean
 
@@ -21,7 +21,7 @@ types: $(VENV)/.installed
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-compat: $(COMPAT:%=compat-%)  ## the engine's laws on the oldest, a middle and the newest transformers
+compat: $(COMPAT:%=compat-%)  ## the engine's laws and whole checkpoints on the oldest, a middle and the newest transformers
 
 compat-%: $(VENV)-compat-%/.installed
 	$(<D)/bin/python -m pytest -n auto --dist worksteal $(LAWS)

@@ -20,6 +20,7 @@ from vlmflow.cli import app
 from vlmflow.cli.evaluate import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, with_budget
+from vlmflow.evaluate.judge import Judge, Verdict
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of
 from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
 from vlmflow.evaluate.tables import Result, find_results, group_grid, report
@@ -32,7 +33,7 @@ from vlmflow.pico import samples as pico_samples
 from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Unpruned
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import Folder, claim
-from vlmflow.tasks import TASKS, Judge, Picture, Sample, Source, TaskError, Verdict
+from vlmflow.tasks import TASKS, Picture, Sample, Source, TaskError
 
 SCENES = pico_samples()
 METHODS = [name for name in PRUNERS if name != "none"]

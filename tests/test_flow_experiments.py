@@ -21,7 +21,6 @@ from vlmflow import attach
 from vlmflow.cli import app
 from vlmflow.core.images import open_image
 from vlmflow.figures import analysis, maps
-from vlmflow.flow import study
 from vlmflow.flow.consistency import label_consistency, score_consistency
 from vlmflow.flow.contributions import ByLayer
 from vlmflow.flow.findings import findings_of
@@ -132,9 +131,12 @@ def test_knockout_rows_are_what_knockouts_leave(vlm, questions, tmp_path):
 
 def test_the_control_is_drawn_from_the_seed(vlm, questions, tmp_path, monkeypatch):
     seeds = []
-    monkeypatch.setattr(
-        knockout, "random_positions", lambda layout, seed: (seeds.append(seed), random_positions(layout, seed=seed))[1]
-    )
+
+    def seeded(layout, seed):
+        seeds.append(seed)
+        return random_positions(layout, seed=seed)
+
+    monkeypatch.setattr("vlmflow.flow.windows.random_positions", seeded)
     run(vlm, replace(study(questions, ByWindow((9,), 1)), seed=3), tmp_path / "out")
     assert seeds == [3] * 6  # three samples at both ends
 
@@ -228,13 +230,13 @@ def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, mon
     with pytest.raises(RecordError, match=r"4 samples in a row failed .*is no image.*rows so far are in"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
     assert len(findings_of(tmp_path / "out").read()) == 4
-    monkeypatch.setattr(runner, "FAILURES_IN_A_ROW", 2)
+    monkeypatch.setattr("vlmflow.flow.study.FAILURES_IN_A_ROW", 2)
     with pytest.raises(RecordError, match="2 samples in a row failed"):
         run(vlm, study(questions, ByLayer()), tmp_path / "soon")
 
 
 def test_a_token_outside_the_vocabulary_is_told_of(vlm, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "spellings", lambda *args: [(10_000,)])
+    monkeypatch.setattr("vlmflow.flow.study.spellings", lambda *args: [(10_000,)])
     with pytest.raises(RecordError, match="token 10000 is outside the vocabulary of"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
 

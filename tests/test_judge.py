@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmflow.cli import app
+from vlmflow.evaluate.judge import Judge
 from vlmflow.models import VLM
 from vlmflow.pico import samples as pico_samples
-from vlmflow.tasks import TASKS, Judge, Picture, Sample, TaskError
+from vlmflow.tasks import TASKS, Picture, Sample, TaskError
 
 pytest.importorskip("openai")
 KEY = "sk-secret-4711"

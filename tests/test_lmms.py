@@ -14,9 +14,9 @@ from PIL import Image
 
 from test_pruners_outside import NORM
 from vlmflow.evaluate.runner import Evaluation, run
-from vlmflow.lmms import TASK_FILES, bridge
 from vlmflow.models import load
 from vlmflow.pico import samples
+from vlmflow.plugins.lmms_eval import TASK_FILES, bridge
 from vlmflow.pruners import make_pruner
 from vlmflow.tasks import TASKS, Source
 
@@ -85,9 +85,11 @@ def test_names_that_no_file_should_use():
 
 def test_the_entry_point_and_the_folder():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert project["project"]["entry-points"]["lmms_eval.models"] == {"vlmflow": "vlmflow.lmms:manifests"}
-    assert "lmms/tasks/*.yaml" in project["tool"]["setuptools"]["package-data"]["vlmflow"]
-    told = subprocess.run([sys.executable, "-m", "vlmflow.lmms"], capture_output=True, text=True, check=True)
+    assert project["project"]["entry-points"]["lmms_eval.models"] == {"vlmflow": "vlmflow.plugins.lmms_eval:manifests"}
+    assert "plugins/lmms_eval/tasks/*.yaml" in project["tool"]["setuptools"]["package-data"]["vlmflow"]
+    told = subprocess.run(
+        [sys.executable, "-m", "vlmflow.plugins.lmms_eval"], capture_output=True, text=True, check=True
+    )
     assert Path(told.stdout.strip()) == TASK_FILES
 
 

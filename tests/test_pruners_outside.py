@@ -12,10 +12,10 @@ import pytest
 
 import tiny
 from test_cli import ASK, SCENE, refused, vlmflow
-from vlmflow.ask import ask
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.sweep import plan
 from vlmflow.models import Question, load, open_image
+from vlmflow.models.ask import ask
 from vlmflow.pruners import PRUNERS, HiMAP, Pruner, Stage, find_pruner, find_pruners, kept_after, make_pruner
 from vlmflow.speed.latency import Request, compare
 

@@ -32,8 +32,9 @@ from vlmflow.cli.common import (
     pruners_named,
     refusals,
 )
+from vlmflow.evaluate.judge import Judge
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner, parse_fields
-from vlmflow.tasks import TASKS, Judge, Sample, Source, Task, TaskError
+from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
     from vlmflow.evaluate.rows import Row

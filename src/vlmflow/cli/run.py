@@ -27,8 +27,8 @@ from vlmflow.pruners import PRUNERS, make_pruner, parse_fields
 from vlmflow.records.files import versions, write_json
 
 if TYPE_CHECKING:
-    from vlmflow.ask import Run
     from vlmflow.models import VLM
+    from vlmflow.models.ask import Run
     from vlmflow.pico import ScenePicture
     from vlmflow.pico.questions import SceneQuestion
 
@@ -66,7 +66,7 @@ def run(
 
         question = Question(prompt, tuple(open_image(path) for path in image))
     vlm = load_model(model, device, dtype)
-    from vlmflow.ask import ask
+    from vlmflow.models.ask import ask
 
     with refusals():
         chosen = make_pruner(pruner, settings, vlm.n_layers)
@@ -139,9 +139,9 @@ def demo(
     device: DeviceOption = None,
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
-    from vlmflow.ask import ask
     from vlmflow.core.images import open_image
     from vlmflow.models import Question
+    from vlmflow.models.ask import ask
     from vlmflow.pico import samples
     from vlmflow.speed.latency import Request, compare
 

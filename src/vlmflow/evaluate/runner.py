@@ -19,12 +19,13 @@ from vlmflow.core.cost import Cost
 from vlmflow.core.errors import typed_line
 from vlmflow.core.geometry import Geometry
 from vlmflow.engine import Trace, attach
+from vlmflow.evaluate.judge import Judge
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of, verdicts_of
 from vlmflow.models import VLM, Question
 from vlmflow.pruners import Pruner
 from vlmflow.records.files import RecordError, versions, write_json
 from vlmflow.records.folder import SUMMARY, VERDICTS, Folder, OpenFolder, claim, differences
-from vlmflow.tasks import Judge, Sample, Source, Task
+from vlmflow.tasks import Sample, Source, Task
 
 FAILURES_IN_A_ROW = 50  # after so many something is wrong with more than the samples
 

@@ -3,7 +3,6 @@
 Each stands whole in its file: where its samples come from, its prompts, its answer rules, its figure.
 """
 
-from vlmflow.evaluate.judge import Judge, Verdict
 from vlmflow.tasks.aokvqa import AOKVQA
 from vlmflow.tasks.core import (
     Figure,
@@ -37,7 +36,6 @@ __all__ = [
     "TASKS",
     "Figure",
     "Hub",
-    "Judge",
     "Outcome",
     "Picture",
     "Rubric",
@@ -45,5 +43,4 @@ __all__ = [
     "Source",
     "Task",
     "TaskError",
-    "Verdict",
 ]

@@ -12,4 +12,4 @@ def manifests() -> list[Any]:
     """What the entry point ``lmms_eval.models`` offers; lmms-eval calls it wherever it starts, so it loads nothing."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
-    return [ModelManifest(model_id="vlmflow", simple_class_path="vlmflow.lmms.model.Vlmflow")]
+    return [ModelManifest(model_id="vlmflow", simple_class_path="vlmflow.plugins.lmms_eval.model.Vlmflow")]

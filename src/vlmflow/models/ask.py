@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmflow.core.cost import Cost
 from vlmflow.engine import prune
-from vlmflow.models import VLM, Answer, Question
+from vlmflow.models.vlm import VLM, Answer, Question
 from vlmflow.pruners import Pruner
 
 

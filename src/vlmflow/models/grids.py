@@ -1,0 +1,50 @@
+"""Where image tokens lie in their images, and the images as a model sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def patch_grids(
+    inputs: dict[str, torch.Tensor], config: Any, n_image: int, n_pictures: int
+) -> list[tuple[int, int]] | None:
+    """Rows and columns of the image tokens of each image in a prompt, None where they are not one grid an image.
+
+    ``inputs`` is one encoded question, ``n_image`` its number of image tokens, ``n_pictures`` that of its images. The
+    tokens of an image that was cut into tiles follow one another tile by tile, in no grid of the image.
+    """
+    if "image_grid_thw" in inputs:
+        merge = config.vision_config.spatial_merge_size
+        return [(int(t * h) // merge, int(w) // merge) for t, h, w in inputs["image_grid_thw"]]
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.shape[:-3].numel() != n_pictures:
+        return None
+    if "image_sizes" in inputs and pixels.dim() == 4:  # a Pixtral tower's; with tiles they come in five dimensions
+        patch = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+        grids = [(int(height) // patch, int(width) // patch) for height, width in inputs["image_sizes"]]
+    else:
+        side = math.isqrt(n_image // n_pictures)
+        grids = [(side, side)] * n_pictures
+    return grids if sum(rows * columns for rows, columns in grids) == n_image else None
+
+
+def seen_images(inputs: dict[str, torch.Tensor], images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images as the model sees them: resized and cropped, less padding, where its pixels still form a picture."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.dim() != 4 or pixels.shape[0] != len(images):
+        return list(images)
+    sizes = inputs.get("image_sizes", [pixels.shape[2:]] * len(images))
+    return [_picture(own[:, :height, :width]) for own, (height, width) in zip(pixels, sizes, strict=True)]
+
+
+def _picture(pixels: torch.Tensor) -> Image.Image:
+    """Normalised pixels, each channel from its lowest to its highest value."""
+    array = pixels.float().cpu().numpy().transpose(1, 2, 0)
+    low, high = array.min((0, 1)), array.max((0, 1))
+    return Image.fromarray(((array - low) / np.maximum(high - low, 1e-6) * 255).astype(np.uint8))

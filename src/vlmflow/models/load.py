@@ -1,0 +1,191 @@
+"""Load a model whole or not at all: no code of a checkpoint runs, no weight is drawn at random."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging
+
+from vlmflow.core.errors import one_line
+from vlmflow.core.geometry import GEOMETRIES, Geometry
+from vlmflow.models.own_code import needs_own_code
+from vlmflow.models.processors import load_processor
+from vlmflow.models.vlm import VLM, ModelError
+from vlmflow.pico import MODEL_DIR
+
+FAMILIES: dict[
+    str, str
+] = {  # model_type -> the checkpoints that users know it by; each is tested, also as a whole checkpoint
+    "llava": "LLaVA-1.5",
+    "llava_next": "LLaVA-NeXT (1.6)",
+    "llava_onevision": "LLaVA-OneVision",
+    "internvl": "InternVL 2.5, 3, 3.5 (-hf)",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM, SmolVLM2",
+    "mistral3": "Mistral Small 3.1 (Pixtral tower)",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL MoE",
+    "glm4v": "GLM-4.1V",
+    "gemma3": "Gemma 3",
+    "paligemma": "PaliGemma 1, 2",
+}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class ModelWarning(UserWarning):
+    """A model was loaded, but something about its checkpoint should be known."""
+
+
+def load(name: str = "pico", device: str | None = None, dtype: str = "auto", attn: str = "sdpa") -> VLM:
+    """Load a model by hub id, local folder, or ``pico``, the model inside the package.
+
+    ``dtype`` is a torch dtype's name, or ``auto`` for the checkpoint's own (float32 for pico). ``device`` is where it
+    goes, by default the first accelerator, else the CPU; ``auto`` spreads its layers over all accelerators and, what
+    they cannot hold, over the CPU's memory, as accelerate sees fit.
+
+    Raises:
+        ModelError: it cannot be found, has no weights or broken ones, is no image-text-to-text model, or cannot go to
+            the device.
+    """
+    path = _path(name)
+    if name == "pico" and dtype == "auto":
+        dtype = "float32"  # half precision on disk only
+    if dtype != "auto":
+        dtype_named(dtype)
+    spread = "auto" if device == "auto" else None
+    logging.disable_progress_bar()
+    try:
+        processor = load_processor(path)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attn,
+            device_map=spread,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+        model, report = loaded
+    except Exception as error:  # a broken checkpoint makes its readers raise whatever they run into
+        raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
+    _check_complete(name, report)
+    if not spread:
+        where = device or default_device()
+        try:
+            nn.Module.to(model, where)
+        except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
+            raise ModelError(f"cannot put {name!r} on device {where!r}: {one_line(error)}") from error
+    _check_finite(name, model)
+    return VLM(name, model.eval(), processor)
+
+
+def _path(name: str) -> str:
+    return str(MODEL_DIR) if name == "pico" else name
+
+
+def _check_complete(name: str, report: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a checkpoint that does not fill the model: transformers draws at random what is not in it.
+
+    ``report`` is transformers' loading info, whose missing tensors are those that are not tied to others.
+    """
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    wrong = [
+        f"{key} is {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if wrong:
+        raise ModelError(
+            f"cannot load {name!r}: tensors of a wrong shape: {_first_few(wrong)}; get the checkpoint again"
+        )
+    if missing:
+        instead = f"; it holds others, which the model does not know: {_first_few(unused)}" if unused else ""
+        raise ModelError(
+            f"cannot load {name!r}: tensors that its checkpoint lacks: {_first_few(missing)}{instead}; get it complete"
+        )
+    if unused:
+        warnings.warn(
+            f"{name}: tensors of the checkpoint that the model does not use: {_first_few(unused)}",
+            ModelWarning,
+            stacklevel=3,
+        )
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    weights = [(key, weight) for key, weight in model.named_parameters() if not weight.is_meta and weight.numel()]
+    broken = [key for key, weight in weights if weight.dtype in _FLOATS and not _is_finite(weight)]
+    if broken:
+        raise ModelError(
+            f"cannot load {name!r}: tensors with values that are not finite (nan or inf): {_first_few(broken)}; "
+            "get the checkpoint again, or load it in a wider dtype"
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(math.isfinite(bound) for bound in torch.aminmax(weight.detach()))
+
+
+def _first_few(names: Sequence[str]) -> str:
+    """The first three of many names, and how many there are."""
+    rest = f", ... ({len(names)} in all)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _shape(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def default_device() -> str:
+    """The first accelerator, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A torch dtype.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {name!r}")
+    return dtype
+
+
+def load_geometry(name: str) -> Geometry:
+    """What decides a model's cost, read from the config of a hub id, a local folder or ``pico``.
+
+    Raises:
+        ModelError: the config cannot be read.
+        ValueError: a family that is not known.
+    """
+    try:
+        config = AutoConfig.from_pretrained(_path(name), trust_remote_code=False)
+    except Exception as error:  # as in ``load``
+        known = f"; built in are {', '.join(GEOMETRIES)}"
+        raise ModelError(f"cannot read the config of {name!r}: {_reason(name, error)}{known}") from error
+    return Geometry.from_config(config)
+
+
+def _reason(name: str, error: Exception) -> str:
+    text, folder = str(error), Path(name)
+    if "trust_remote_code" in text:
+        return needs_own_code(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        return "the folder has no weights (*.safetensors); point to a complete checkpoint"
+    if isinstance(error, SafetensorError):
+        return f"its weights are broken ({one_line(error)}); get them again"
+    if "Unrecognized configuration class" in text:
+        return "it is no image-text-to-text model; `vlmflow models` lists the families that work"
+    if not folder.exists() and ("connect" in text.lower() or "offline" in text.lower()):
+        return "no such folder here, and the hub cannot be reached; check the name, or download the model first"
+    return one_line(error)

@@ -1,0 +1,1 @@
+"""vlmflow inside other programs; nobody here imports them before they call."""

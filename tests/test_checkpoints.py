@@ -1,0 +1,307 @@
+"""Whole checkpoints of every family, as a download from the hub is: loaded, asked and evaluated by the command line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from typer.testing import CliRunner
+
+import checkpoints
+import tiny
+from vlmflow import HiMAP, prune
+from vlmflow.cli import app
+from vlmflow.models import FAMILIES, Question, load
+from vlmflow.models.processors import ProcessorError, load_processor
+
+SIZES = {"square": (40, 40), "tall": (30, 60), "wide": (200, 50)}  # width, height
+COUNTS = {  # family -> the image tokens of the square picture, of the square and the tall one together, of the wide one
+    "llava": (25, 50, 25),  # resized and cropped
+    "llava_next": (24, 40, 14),  # a small picture of 4 tokens, then tiles less their padding, with an end to each row
+    "llava_onevision": (24, 10, 14),  # the same; of several pictures the small one alone, with an end
+    "internvl": (16, 64, 80),  # 1 tile; 1 tile, and 2 with the small picture; 4 with the small picture
+    "idefics3": (80, 128, 48),  # 2 x 2 tiles and the small picture; 2 x 1 for the tall one; 1 x 2
+    "smolvlm": (80, 128, 48),
+    "mistral3": (16, 24, 4),  # 4 x 4; 4 x 4 and 4 x 2; 1 x 4
+    "qwen2_vl": (25, 57, 36),  # 5 x 5; 5 x 5 and 8 x 4; 3 x 12
+    "qwen2_5_vl": (25, 57, 36),
+    "qwen3_vl": (25, 57, 36),
+    "qwen3_vl_moe": (25, 57, 36),
+    "glm4v": (25, 57, 36),
+    "gemma3": (16, 32, 16),
+    "paligemma": (16, 32, 16),
+}
+TILES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm")
+VIDEOS = [name for name in FAMILIES if name.startswith(("llava_one", "internvl", "smolvlm", "qwen", "glm"))]
+NO_TORCHVISION = find_spec("torchvision") is None
+LACKING = {"5.0.0": ["smolvlm"], "5.12.1": ["idefics3", "smolvlm"]}.get(transformers.__version__, [])
+LACKING = LACKING if NO_TORCHVISION else []
+ASK = ["--prompt", "What color?", "--max-new-tokens", "2"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A family's folder, written when it is first asked for."""
+    written = {}
+
+    def folder(name):
+        if name in LACKING:
+            pytest.skip("this transformers needs torchvision for this family's images")
+        if name not in written:
+            written[name] = checkpoints.write(name, tmp_path_factory.mktemp(name) / name)
+        return written[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Noise in several sizes: file by name."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = {name: folder / f"{name}.png" for name in SIZES}
+    for name, (width, height) in SIZES.items():
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(files[name])
+    return files
+
+
+def vlmflow(*args):
+    """Run a command in this process, with success, and return what it printed."""
+    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "80"}, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def questions(pictures) -> list[Question]:
+    """No image, one, two, none, one that is cut into tiles."""
+    seen = {name: Image.open(file).convert("RGB") for name, file in pictures.items()}
+    square, tall, wide = seen["square"], seen["tall"], seen["wide"]
+    asked = [(), (square,), (square, tall), (), (wide,)]
+    return [Question(f"What about number {10**number}?", images) for number, images in enumerate(asked)]
+
+
+def own_ids(inputs, sample: int) -> list[int]:
+    """A sample's token ids, without padding."""
+    return inputs["input_ids"][sample][inputs["attention_mask"][sample].bool()].tolist()
+
+
+def test_every_family_has_a_checkpoint():
+    assert checkpoints.FAMILIES.keys() == FAMILIES.keys() == COUNTS.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_run(checkpoint, pictures, tmp_path, name):
+    """One image, several, and one that is cut into tiles; a picture of the patches where an image is one grid."""
+    for shown, count in zip((["square"], ["square", "tall"], ["wide"]), COUNTS[name], strict=True):
+        images = [part for one in shown for part in ("--image", pictures[one])]
+        save = ["--save", tmp_path / "out"] if shown == ["wide"] else []
+        printed = vlmflow("run", "--model", checkpoint(name), *images, *ASK, *save, "--json")
+        (only,) = json.loads(printed.strip().split("\n")[-1])["runs"].values()
+        assert only["image_tokens"][0] == count
+        assert only["image_tokens"][-1] < count / 4
+        assert only["answer"]["tokens"] == 2
+    assert (tmp_path / "out" / "patches.png").exists() == (name not in TILES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eval(checkpoint, pictures, tmp_path, name):
+    asked = (["square"], ["square", "tall"], ["wide"])
+    lines = [
+        {"image": [str(pictures[one]) for one in shown], "question": "What color is it?", "answer": "red"}
+        for shown in asked
+    ]
+    file, out = tmp_path / "questions.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = ["--pruner", "fastv", "--set", "k=2", "--max-new-tokens", "2"]
+    vlmflow("eval", "--task", "jsonl", "--source", file, "--model", checkpoint(name), *how, "--out", out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["samples"] == {"asked": 3, "answered": 3, "failed": 0}
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [row["image_tokens"]["0"] for row in rows] == list(COUNTS[name])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_alone_in_a_batch_with_images(checkpoint, pictures, name):
+    """Each sample of a mixed batch reads and answers as it does alone, pruned."""
+    vlm, asked = load(str(checkpoint(name)), device=tiny.DEVICE), questions(pictures)
+    together = vlm.encode(asked)
+    with prune(vlm.model, HiMAP(k1=1, k2=3)), torch.no_grad():
+        logits = vlm.model(**together).logits[:, -1]
+        for sample, question in enumerate(asked):
+            alone = vlm.encode([question])
+            assert own_ids(alone, 0) == own_ids(together, sample)
+            torch.testing.assert_close(vlm.model(**alone).logits[0, -1], logits[sample], atol=1e-3, rtol=0)
+        assert len(vlm.generate(vlm.encode([asked[0], asked[3]]), 2)) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if checkpoints.FAMILIES[name].frame[0]])
+def test_a_prompt_starts_once(checkpoint, pictures, name):
+    """Templates that write the start, tokenizers that add it, and PaliGemma, where images come first."""
+    vlm = load(str(checkpoint(name)), device=tiny.DEVICE)
+    batch = vlm.encode(questions(pictures))
+    for sample in range(5):
+        ids = [token for token in own_ids(batch, sample) if token != tiny.IMAGE]
+        assert ids.index(1) == 0
+        assert ids.count(1) == 1
+
+
+def test_a_prompt_of_paligemma(checkpoint, pictures):
+    """Images, start, text and newline, as it was trained; without images the same."""
+    vlm = load(str(checkpoint("paligemma")), device=tiny.DEVICE)
+    text, image = questions(pictures)[:2]
+    batch = vlm.encode([text, image])
+    read = [vlm.processor.tokenizer.decode(own_ids(batch, sample)) for sample in range(2)]
+    assert read == ["<bos>What about number 1?\n", "<image>" * 16 + "<bos>What about number 10?\n"]
+
+
+# -- processors
+
+
+@pytest.mark.skipif(not NO_TORCHVISION, reason="torchvision is installed")
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_refused_by_what_they_need(checkpoint, name):
+    processor = load_processor(str(checkpoint(name)))
+    assert type(processor).__name__ == checkpoints.FAMILIES[name].processor_class
+    assert isinstance(processor, transformers.ProcessorMixin)
+    with pytest.raises(ProcessorError, match=r'^[^\n]*videos would need pip install "vlmflow\[video\]"$'):
+        processor(text=[processor.video_token], videos=[np.zeros((2, 32, 32, 3), dtype=np.uint8)])
+
+
+@pytest.mark.skipif(NO_TORCHVISION, reason="torchvision is not installed")
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_are_taken(checkpoint, name):
+    processor = load_processor(str(checkpoint(name)))
+    assert isinstance(processor.video_processor, transformers.BaseVideoProcessor)
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path):
+    """The environment of a process in which torchvision is found, and cannot be imported."""
+    package = tmp_path / "broken" / "torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    source = os.path.dirname(os.path.dirname(sys.modules["vlmflow"].__file__))  # noqa: PTH120
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), source])}
+
+
+def test_a_broken_torchvision_is_told_of(checkpoint, pictures, broken_torchvision):
+    command = ["run", "--model", checkpoint("qwen3_vl"), "--image", pictures["wide"], *ASK, "--device", "cpu", "--json"]
+    run = subprocess.run(
+        [sys.executable, "-m", "vlmflow", *map(str, command)], env=broken_torchvision, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (line,) = run.stderr.strip().split("\n")
+    assert line.endswith("fits this torch (RuntimeError: operator torchvision::nms does not exist)")
+    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    assert only["image_tokens"][0] == 36
+
+
+def test_every_processor_loads_beside_a_broken_torchvision(checkpoint, broken_torchvision):
+    """Also where transformers was imported before; what videos would need is said once."""
+    names = [name for name in FAMILIES if name not in LACKING]
+    code = (
+        "import sys, transformers\n"
+        "from vlmflow import prune\n"
+        "from vlmflow.models.processors import load_processor\n"
+        "for path in sys.argv[1:]: print(type(load_processor(path)).__name__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *(str(checkpoint(name)) for name in names)],
+        env=broken_torchvision,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == [checkpoints.FAMILIES[name].processor_class for name in names], run.stderr
+    assert run.stderr.count("loaded for images only") == 1
+
+
+def test_a_video_half_that_lacks_a_package_only(checkpoint, monkeypatch):
+    """SmolVLM without num2words, whether torchvision is there or not."""
+    folder = str(checkpoint("smolvlm"))
+    load_processor(folder)
+    module = sys.modules["transformers.models.smolvlm.processing_smolvlm"]
+    monkeypatch.setattr(module, "num2words", None)
+    processor = load_processor(folder)
+    assert type(processor.video_processor).__name__ == "NoVideos"
+    assert module.num2words is None
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A family's folder without its weights, to be damaged."""
+
+    def made(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in checkpoint(name).iterdir():
+            if file.suffix != ".safetensors":
+                (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    return made
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("names", ["OwnProcessor", "LlavaProcessor", None])
+def test_no_code_of_a_checkpoint_is_run(copy, monkeypatch, names):
+    """Not even where a person would say yes; beside a processor of its own, a known one, or none named."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = copy("llava")
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    parts = ("AutoConfig", "AutoImageProcessor", "AutoModelForImageTextToText", "AutoProcessor")
+    own = {"AutoTokenizer": ["own.Own", None], **dict.fromkeys(parts, "own.Own")}
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        edit(folder / file, auto_map=own, processor_class=names)
+    edit(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer")
+    edit(folder / "preprocessor_config.json", image_processor_type="OwnImageProcessor")
+    edit(folder / "config.json", model_type="own", auto_map=own)
+    with pytest.raises(ValueError, match=r"."):
+        load_processor(str(folder))
+    assert not (folder / "ran").exists()
+
+
+def test_refusals(copy):
+    """One line each, of what is missing and how to get it."""
+
+    def refused(folder) -> str:
+        with pytest.raises(ProcessorError) as caught:
+            load_processor(str(folder))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    empty = copy("gemma3")
+    (empty / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing; get the whole checkpoint" in refused(empty)
+    slow = copy("llava")
+    (slow / "tokenizer.json").rename(slow / "tokenizer.model")
+    assert 'pip install "vlmflow[tokenizers]"' in refused(slow)
+    torn = copy("qwen2_vl")
+    (torn / "preprocessor_config.json").write_text('{"image')
+    assert re.match(r"its preprocessor_config\.json is broken \(.*\); get it again", refused(torn))
+    own = copy("mistral3")
+    edit(own / "processor_config.json", processor_class="OwnProcessor")
+    assert re.match(r"its OwnProcessor is not in transformers [\d.]+; code of a checkpoint's own is", refused(own))
+    blind = copy("internvl")
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        (blind / file).unlink()
+    edit(blind / "tokenizer_config.json", processor_class=None)
+    edit(blind / "config.json", model_type="llama")
+    assert "no processor for images" in refused(blind)
+
+
+def test_a_folder_of_text_or_of_nothing(tmp_path):
+    transformers.LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ProcessorError, match="no image-text-to-text model"):
+        load_processor(str(tmp_path / "llama"))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises((OSError, ValueError)):
+        load_processor(str(tmp_path / "nothing"))
