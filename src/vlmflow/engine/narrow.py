@@ -98,7 +98,7 @@ class Narrowing:
 
     def slots(self, layer: CacheLayer | None) -> Slots:
         """What a layer's cache will hold after this pass."""
-        before = slots_of(layer)
+        before = slots_of(layer) if self.past else None
         return self._once("slots", before, lambda: self._slots(before, layer))
 
     def _refuse_window(self, layer: CacheLayer | None) -> None:
