@@ -90,7 +90,7 @@ class Narrowing:
             told["position_ids"] = self._shorten_ids(ids)
         if (place := kwargs.get("cache_position")) is not None:
             start, end = slots.length - self.selection.index.shape[1], slots.length
-            told["cache_position"] = torch.arange(start, end, device=place.device)
+            told["cache_position"] = self._once("place", slots, lambda: torch.arange(start, end, device=place.device))
         for name in _PACKED:
             if kwargs.get(name) is not None:
                 told[name] = None
