@@ -145,7 +145,7 @@ def test_equals_finite_differences(family):
             kernel = call.kernel
             groups = kernel.query.shape[1] // kernel.key.shape[1]
             key, value = (tensor.repeat_interleave(groups, 1) for tensor in (kernel.key, kernel.value))
-            scores = kernel.query @ key.transpose(2, 3) * kernel.scaling
+            scores = kernel.query @ key.transpose(2, 3) * kernel.scoring.scaling
             later = torch.ones(scores.shape[-2:]).triu(1).bool()
             weights = scores.masked_fill(later, -torch.inf).softmax(-1)
             weights[0, :, *self.pair] *= 1 + self.share

@@ -45,9 +45,7 @@ class Reading:
         if self.filled is not None:  # a static cache hands over its empty slots as well
             key = key[:, :, : self.filled + call.query.shape[2]]
         with torch.no_grad():
-            self.seen = QueryRows.take(
-                call.query, key, call.mask, self.rows, self.row_valid, call.scaling, call.softcap
-            )
+            self.seen = QueryRows.take(call.query, key, call.mask, self.rows, self.row_valid, call.scoring)
         return call.run()
 
 

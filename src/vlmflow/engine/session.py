@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmflow.engine.cache import layer_of, slots_of
 from vlmflow.engine.prefill import Prefill
-from vlmflow.engine.probe import unwatch, watch
+from vlmflow.engine.probe import unwatch, unwatch_everywhere, watch
 from vlmflow.engine.prompt import Prompt
 from vlmflow.engine.tap import Tap, decode_positions, tapped
 from vlmflow.engine.target import Target
@@ -75,6 +75,7 @@ class Session:
         self._taps = tuple(taps)
         self._stage_layers = [stage.layer for stage in stages]
         self._read_layers = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
+        self._watched_layers = self._read_layers.union(*(tap.layers for tap in taps))
         self.trace = Trace(target.core.config, pruner, n_layers)
         self._prompts = _PerThread()  # of Prompt, until its text decoder takes it
         self._prefills = _PerThread()  # of Prefill
@@ -98,6 +99,8 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for layer_idx in self._watched_layers:
+            unwatch_everywhere(self._target.attention(layer_idx))
         _attached.discard(self._target.text)
 
     def _install(self) -> None:
@@ -165,7 +168,7 @@ class Session:
     def _leave_text(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         prefill = self._prefills.take()
         if output is None:  # an exception, perhaps between watching a layer and its call
-            for layer_idx in self._read_layers.union(*(tap.layers for tap in self._taps)):
+            for layer_idx in self._watched_layers:
                 unwatch(self._target.attention(layer_idx))
         elif prefill is not None:
             self.trace.take(prefill.close())

@@ -225,9 +225,7 @@ def _without(call: TappedCall, knockouts: list[Knockout], out: Tensor, weights: 
     step = max(1, _ROW_BUDGET // (batch * n_heads * n_key))
     for some in torch.arange(count, device=device).split(step):
         row, valid = rows[:, some], row_valid[:, some]
-        queries = QueryRows.take(
-            kernel.query, kernel.key[:, :, :n_key], kernel.mask, row, valid, kernel.scaling, kernel.softcap
-        )
+        queries = QueryRows.take(kernel.query, kernel.key[:, :, :n_key], kernel.mask, row, valid, kernel.scoring)
         visible = _visible(queries.mask)
         blocked = {how: torch.zeros_like(visible) for how in ("mask", "zero")}
         for path in paths:

@@ -250,12 +250,13 @@ def tiles(
             kernel.mask,
             row,
             torch.ones_like(row, dtype=torch.bool),
-            kernel.scaling,
-            kernel.softcap,
+            kernel.scoring,
         )
         attention = rows.weights()
-        grouped = gradient[:, :, first:last].reshape(batch, kv_heads, heads // kv_heads * (last - first), channel)
-        slope = (grouped @ value[:, :, :end].transpose(2, 3)).reshape(attention.shape)
+        grouped = (
+            gradient[:, :, first:last].float().reshape(batch, kv_heads, heads // kv_heads * (last - first), channel)
+        )
+        slope = (grouped @ value[:, :, :end].float().transpose(2, 3)).reshape(attention.shape)
         product = attention * slope
         yield first, product.sum(1).abs() if form == "paper" else (product * attention).abs().mean(1)
 
