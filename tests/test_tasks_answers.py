@@ -20,10 +20,6 @@ PROMPTS = {
         "Context: Two pets.\nBoth old.\nWhich is it?\nA. a cat\nB. a dog\nC. dark red\n"
         "Answer with the option's letter from the given choices directly."
     ),
-    ("scienceqa", "lmms"): (
-        "Context: Two pets.\nBoth old.\nWhich is it?\nA. a cat\nB. a dog\nC. dark red\n"
-        "Answer with the option's letter from the given choices directly."
-    ),
     ("aokvqa", "paper"): (
         "Analyse the image and choose the best answer for the following question: Which is it? "
         "Options: (A) a cat (B) a dog (C) dark red. Output the letter of the correct answer."
@@ -37,33 +33,20 @@ PROMPTS = {
         "Options: (A) a cat (B) a dog (C) dark red\nJust output the letter of the correct answer."
     ),
     ("pope", "paper"): "question: Is there a dog in the image? Please just answer yes or no.",
-    ("pope", "lmms"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
     ("pope", "llava"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
     ("nocaps", "paper"): "Provide a one-sentence caption for the provided image.",
-    ("nocaps", "lmms"): "Provide a one-sentence caption for the provided image.",
-    ("nocaps", "llava"): "Provide a one-sentence caption for the provided image.",
     ("flickr30k", "paper"): "Provide a one-sentence caption for the provided image.",
-    ("flickr30k", "lmms"): "Provide a one-sentence caption for the provided image.",
-    ("flickr30k", "llava"): "Provide a one-sentence caption for the provided image.",
     ("llava_bench", "paper"): "What is {x}?",
-    ("llava_bench", "lmms"): "What is {x}?",
-    ("llava_bench", "llava"): "What is {x}?",
     ("mmvet", "paper"): "What is {x}?",
     ("mmvet", "lmms"): (
         "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
         "What is {x}?"
     ),
-    ("mmvet", "llava"): "What is {x}?",
-    ("easy_vqa", "paper"): "Is there a dog in the image?",
-    ("easy_vqa", "lmms"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+    ("easy_vqa", "plain"): "Is there a dog in the image?",
     ("easy_vqa", "llava"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
-    ("pico", "paper"): "Is there a dog in the image?",
-    ("pico_captions", "paper"): "Is there a dog in the image?",
-    ("jsonl", "paper"): "Which is it? Options: (A) a cat (B) a dog (C) dark red. Answer with the option's letter.",
-    ("jsonl", "lmms"): (
-        "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
-        "Answer with the option's letter from the given choices directly."
-    ),
+    ("pico", "plain"): "Is there a dog in the image?",
+    ("pico_captions", "plain"): "Is there a dog in the image?",
+    ("jsonl", "plain"): "Which is it? Options: (A) a cat (B) a dog (C) dark red. Answer with the option's letter.",
     ("jsonl", "llava"): (
         "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
         "Answer with the option's letter from the given choices directly."
@@ -78,14 +61,34 @@ def test_every_prompt_is_frozen():
         assert TASKS[name].prompt(SAMPLES.get(name, PLAIN), style) == text, (name, style)
 
 
-def test_paper_is_the_default_and_names_are_checked():
-    for task in TASKS.values():
-        assert next(iter(task.prompts)) == "paper"
+def test_paper_is_the_default_of_its_tasks_and_names_are_checked():
+    assert {name for name, task in TASKS.items() if task.style() == "plain"} == {
+        "easy_vqa", "pico", "pico_captions", "jsonl",
+    }  # fmt: skip
+    assert {task.style() for task in TASKS.values()} == {"paper", "plain"}
     assert TASKS["pope"].prompt(PLAIN).startswith("question: ")
-    with pytest.raises(TaskError, match="aokvqa: prompt style must be one of paper, llava, fastv, got 'lmms'"):
-        TASKS["aokvqa"].prompt(HINTED, "lmms")
+    with pytest.raises(TaskError, match="aokvqa: prompt style must be one of paper, llava, fastv, got 'plain'"):
+        TASKS["aokvqa"].prompt(HINTED, "plain")
+    with pytest.raises(TaskError, match="pico: prompt style must be one of plain, got 'llava'"):
+        TASKS["pico"].prompt(PLAIN, "llava")
     with pytest.raises(TaskError, match="pope: answer rule must be one of words, official, strict, got 'x'"):
         TASKS["pope"].parse("yes", PLAIN, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "same"),
+    [
+        ("scienceqa", "lmms", "llava"), ("pope", "lmms", "llava"), ("easy_vqa", "lmms", "llava"),
+        ("jsonl", "lmms", "llava"), ("nocaps", "lmms", "paper"), ("flickr30k", "llava", "paper"),
+        ("llava_bench", "lmms", "paper"), ("mmvet", "llava", "paper"), ("mmvet", "lmms", "lmms"),
+        ("easy_vqa", "paper", "plain"), ("jsonl", "paper", "plain"), ("pico", "paper", "plain"),
+        ("pico_captions", "paper", "plain"),
+    ],
+)  # fmt: skip
+def test_a_style_without_a_text_of_its_own_means_the_one_it_shares(name, style, same):
+    task = TASKS[name]
+    assert task.style(style) == same
+    assert task.prompt(SAMPLES.get(name, PLAIN), style) == PROMPTS[name, same]
 
 
 def test_without_a_hint_or_choices():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from vlmflow.tasks.core import Rule, Sample, letters
+from vlmflow.tasks.core import Rule
+from vlmflow.tasks.sample import Sample
 
 _ARTICLES = ("a ", "an ", "the ")
 _NO_ARTICLE = r"(?!(?<=A) +(?!(?:or|and|is|because|as|since|[A-Z])\b)\w)"  # behind a letter: it is not the word "A"
@@ -29,7 +30,7 @@ def letter(text: str, sample: Sample) -> str | None:
     noun is an article. Several letters, a letter with "not" before it, or no letter and several choices
     give None: this rule does not guess.
     """
-    known = letters(sample)
+    known = sample.letters
     stripped = text.strip().strip("*`\"'").strip()
     alone = re.fullmatch(rf"[(\[]?([{known}])[)\].:]*", stripped, re.IGNORECASE)
     if alone:
@@ -56,10 +57,10 @@ def _choice_in_words(text: str, sample: Sample) -> str | None:
     said = normal(text)
     wanted = [normal(choice) for choice in sample.choices]
     if wanted.count(said) == 1:
-        return letters(sample)[wanted.index(said)]
+        return sample.letters[wanted.index(said)]
     held = [w for w in wanted if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", said)]
     whole = [w for w in held if not any(w != other and w in other for other in held)]
-    return letters(sample)[wanted.index(whole[0])] if len(whole) == 1 else None
+    return sample.letters[wanted.index(whole[0])] if len(whole) == 1 else None
 
 
 def letter_strict(text: str, sample: Sample) -> str | None:
@@ -68,7 +69,7 @@ def letter_strict(text: str, sample: Sample) -> str | None:
     Source: HiMAP's released ScienceQA script.
     """
     stripped = text.strip()
-    return stripped if len(stripped) == 1 and stripped in letters(sample) else None
+    return stripped if len(stripped) == 1 and stripped in sample.letters else None
 
 
 def letter_lmms(text: str, sample: Sample) -> str | None:
