@@ -3,7 +3,7 @@
 import pytest
 
 from vlmflow.tasks import TASKS, Picture, Sample, TaskError
-from vlmflow.tasks.answers import normal
+from vlmflow.tasks.answers import letter, normal
 
 HINTED = Sample(
     "1", (), "Which is it?", choices=("a cat", "a dog", "dark red"), answer="B", context="Two pets.\nBoth old."
@@ -159,6 +159,55 @@ def test_letters(name, text):
     task = TASKS[name]
     assert tuple(task.parse(text, HINTED, rule) for rule in ("letter", "strict", "lmms", "llava")) == LETTERS[text]
     assert task.parse(text, HINTED) == LETTERS[text][0]
+
+
+CAR = Sample("4", (), "Which?", choices=("a red car", "a blue bus", "a dog", "a cat"))
+DECLARED = {  # verbose answers, by the default rule
+    "D\n\nExplanation: A is not right": "D",
+    "**D**\n(A) is a car, (B) is a bus.": "D",
+    "d\n\nA red car is not to be seen, so it isn't A.": "D",
+    "The correct answer is B. Here's why: option A is wrong.": "B",
+    "The correct answer is B.\n\nA) is wrong: the car is blue.\nC) is wrong too.": "B",
+    "I considered (A), but it is incorrect. Final answer: D.": "D",
+    "The answer is A. Wait, it has wheels. **Final answer:** (B)": "B",
+    "The correct answer is d.": "D",
+    "Answer: (c), as option D is too small": "C",
+    "The right option is: **C**. Options A and B are vehicles.": "C",
+    "It is not A. The answer is B.": "B",
+    "The answer is B, A and C are wrong.": "B",
+    "The answer is B because there is no car in both B and A.": "B",
+    "The answer is a.": "A",
+    "the answer is a dog": "C",
+    "B\n\nOn second thoughts, the answer is C.": "C",
+    # not declared, or twice
+    "The answer is A or B": None,
+    "The answer is B, C.": None,
+    "The answer is A, B, or C.": None,
+    "The answer is (B)/(C)": None,
+    "The answer is B. a blue bus, or C. a dog": None,
+    "The answer is A. The answer is B.": None,
+    "Final answer: A. Final answer: B.": None,
+    "You might say the answer is A, but the correct answer is B.": None,
+    "Is the answer A? Or is it (B)?": None,
+    "Is the correct answer: A? No, not A, but (B).": None,
+    "The answer is not A. Option B or C would do.": None,
+    "B\n\nIt is not B.": None,
+    "A\nB\nC": None,
+    "The answer is E. Option A is wrong, option B too.": None,
+    "the answer is a car, (B) or (C)": None,
+    "option A is wrong and option B is right": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DECLARED)
+def test_a_declared_letter_is_read_and_no_other(text):
+    assert letter(text, CAR) == DECLARED[text]
+
+
+def test_a_choice_that_is_a_letter_is_not_taken_for_a_declared_one():
+    genes = Sample("5", (), "Which?", choices=("c", "a", "b"))
+    assert letter("The correct answer is c.", genes) == "A"
+    assert letter("C\n\nExplanation: A is wrong", genes) is None
 
 
 def test_a_choice_within_a_choice():
