@@ -75,10 +75,11 @@ def _declared(text: str, sample: Sample) -> set[str]:
     if {choice.upper() for choice in sample.choices} & set(known):
         return set()  # it may be the choice that is said
     small = rf"[{known.lower()}](?=[)\]]|[*\"']*(?:[.!](?!\w)|[ \t]*(?:\n|\Z)))"
-    comma = r"(?:\bor\b|\band\b|[,/&])\s*"
-    between = rf"(?:[.:)\]*\"']*[ \t]*|[)\]*\"']*\s*(?:{comma})+|[.:)\]][^.:;!?\n]*{comma})[(\[*\"']*"
-    second = rf"(?:{between}([{known}])\b(?:[.:)\]]|[ \t]*(?:[;!?\n]|\Z)))?"
-    pattern = rf"{_STATED}([{known}]\b{_NO_ARTICLE}|{small})(?![)\]*\"']*\s*\?){second}"
+    comma = r"(?:(?:\bor\b|\band\b|[,/&])\s*)+"
+    with_words, bare_list = rf"[.:)\]][^.:;!?\n]*{comma}", rf"[)\]*\"']*\s*{comma}(?:[{known}]\s*{comma})*"
+    between = rf"(?:[.:)\]*\"']*[ \t]*|{with_words}|{bare_list})[(\[*\"']*"
+    second = rf"{between}([{known}])\b(?:[.:)\]]|[ \t]*(?:[;!?\n]|\Z))"
+    pattern = rf"{_STATED}([{known}]\b{_NO_ARTICLE}|{small})(?![)\]*\"']*\s*\?)(?:{second})?"
     stated = re.findall(pattern, text)
     if finals := [found for found in stated if found[0]]:
         stated = finals
