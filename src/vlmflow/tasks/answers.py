@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
-from vlmflow.tasks.core import Rule
 from vlmflow.tasks.sample import Sample
+
+Rule = Callable[[str, Sample], str | None]
 
 _ARTICLES = ("a ", "an ", "the ")
 _NO_ARTICLE = r"(?!(?<=A) +(?!(?:or|and|is|because|as|since|[A-Z])\b)\w)"  # behind a letter: it is not the word "A"

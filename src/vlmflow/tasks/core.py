@@ -10,11 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar
+from vlmflow.tasks.answers import Rule
 from vlmflow.tasks.prompts import SAME_TEXT, Prompt
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Source
-
-Rule = Callable[[str, Sample], str | None]
 
 
 @dataclass(frozen=True)
