@@ -45,12 +45,12 @@ METHODS = ",".join(name for name, method in PRUNERS.items() if method is not Unp
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")]
-StyleOption = Annotated[str | None, typer.Option(help="The prompt style; default: the task's first (the paper's).")]
+StyleOption = Annotated[str | None, typer.Option(help="The prompt style; default: paper for its tasks, else plain.")]
 RuleOption = Annotated[str | None, typer.Option(help="The answer rule; default: the task's first.")]
 TokensOption = Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the task's.")]
 SourceOption = Annotated[Path | None, typer.Option(help="A local copy of the data in an official format.")]
 ImagesOption = Annotated[Path | None, typer.Option(help="The local copy's images, where they do not lie beside it.")]
-HubOption = Annotated[str, typer.Option(help="new, old (the data set's two ids), or any other id.")]
+HubOption = Annotated[str | None, typer.Option(help="Another hub data set, or folder of one, than the task's.")]
 ConfigOption = Annotated[str | None, typer.Option(help="The hub data set's configuration.")]
 SplitOption = Annotated[str | None, typer.Option(help="Another split than the task's.")]
 RevisionOption = Annotated[str | None, typer.Option(help="The hub data set's revision.")]
@@ -71,7 +71,7 @@ def evaluate(
     max_new_tokens: TokensOption = None,
     source: SourceOption = None,
     images: ImagesOption = None,
-    hub: HubOption = "new",
+    hub: HubOption = None,
     config: ConfigOption = None,
     split: SplitOption = None,
     revision: RevisionOption = None,
@@ -162,7 +162,7 @@ def sweep(
     max_new_tokens: TokensOption = None,
     source: SourceOption = None,
     images: ImagesOption = None,
-    hub: HubOption = "new",
+    hub: HubOption = None,
     config: ConfigOption = None,
     split: SplitOption = None,
     revision: RevisionOption = None,

@@ -82,7 +82,7 @@ class Evaluation:
             "source": self.task.describe(self.source),
             "samples": {"count": len(samples), "sha256": content.hexdigest()},
             "limit": self.limit,
-            "prompt": self.prompt or next(iter(self.task.prompts)),
+            "prompt": self.task.style(self.prompt),
             "rule": self.rule or next(iter(self.task.rules)),
             "pruner": self.pruner.to_dict(),
             "pruner_from": self.pruner_from,
@@ -237,7 +237,7 @@ def collect(
         if shards:
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
         rows_of(folder).put_in_order([sample.id for sample in samples])
-        return _sum_up(folder, evaluation, settings, subject)
+        return _sum_up(folder, evaluation, folder.settings(), subject)
 
 
 def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def run(
         if len(known) < len(samples):
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
         findings = rows.put_in_order([sample.id for sample in samples])
-        summary = sum_up(study, findings, settings)
+        summary = sum_up(study, findings, folder.settings())
         write_json(out / SUMMARY, summary)
         write_text(out / VERDICT, study.experiment.verdict(summary))
         return json.loads(json.dumps(summary))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES, letter, normal, words
-from vlmflow.tasks.core import LETTERS, Sample, Source, Task, TaskError, accuracy, options
-from vlmflow.tasks.files import read_lines
+from vlmflow.tasks.core import Task, accuracy
+from vlmflow.tasks.prompts import option_letter, options, short_answer
+from vlmflow.tasks.sample import LETTERS, Sample, TaskError
+from vlmflow.tasks.sources import Source, read_lines
 
 
 def load(source: Source) -> Iterator[Sample]:
@@ -53,12 +55,7 @@ def plain_prompt(sample: Sample) -> str:
 
 def llava_prompt(sample: Sample) -> str:
     """LLaVA's for short answers and for multiple choice."""
-    if not sample.choices:
-        return f"{sample.question}\nAnswer the question using a single word or phrase."
-    return (
-        f"{sample.question}\n{options(sample, '{}. {}', chr(10))}\n"
-        "Answer with the option's letter from the given choices directly."
-    )
+    return option_letter(sample) if sample.choices else short_answer(sample)
 
 
 def text_or_letter(text: str, sample: Sample) -> str | None:
@@ -84,7 +81,7 @@ JSONL = Task(
     name="jsonl",
     title="Your own questions",
     load=load,
-    prompts={"paper": plain_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    prompts={"plain": plain_prompt, "llava": llava_prompt},
     rules={"text": text_or_letter, "strict": strict},
     score=score,
     measure=accuracy,
