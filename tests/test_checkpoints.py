@@ -18,7 +18,8 @@ import checkpoints
 import tiny
 from vlmflow import HiMAP, prune
 from vlmflow.cli import app
-from vlmflow.models import FAMILIES, Question, load
+from vlmflow.core.families import FAMILIES
+from vlmflow.models import Question, load
 from vlmflow.models.processors import ProcessorError, load_processor
 
 SIZES = {"square": (40, 40), "tall": (30, 60), "wide": (200, 50)}  # width, height
