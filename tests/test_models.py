@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import pipeline
 
 import tiny
-from vlmflow import PRUNERS, HiMAP, prune
+from vlmflow import HiMAP, prune
 from vlmflow.core.images import open_image
 from vlmflow.models import VLM, Question, load, patch_grids, seen_images
 from vlmflow.pico import MODEL_DIR, samples
