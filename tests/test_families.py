@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,18 +71,24 @@ def test_deepstack_is_what_the_text_decoder_takes(family: Family):
 # -- image token ids of other models
 
 
-def with_config(name: str, **fields: object) -> hf.PreTrainedModel:
+def with_config(name: str, **fields: Any) -> hf.PreTrainedModel:
     """A transformers model that has a config and nothing else, which is all that ids are read from."""
     if not hasattr(hf, name):
         pytest.skip(f"this transformers has no {name}")
     return hf.PreTrainedModel(getattr(hf, name)(**fields))
 
 
-@pytest.mark.parametrize("config", ["Molmo2Config", "Phi4MultimodalConfig", "Qwen2_5OmniConfig"])
-def test_ids_are_found_under_other_names_and_in_inner_configs(config: str):
-    """Molmo2 stores image_patch_id; Phi-4's vision config and Qwen-Omni's thinker have the ids."""
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ("Molmo2Config", {}),  # which stores image_patch_id
+        ("Phi4MultimodalConfig", {"vision_config": {"image_token_id": 7}}),
+        ("Qwen2_5OmniConfig", {}),  # whose thinker has the ids
+    ],
+)
+def test_ids_are_found_under_other_names_and_in_inner_configs(config: str, fields: dict[str, Any]):
     with pytest.raises(TypeError, match="wanted one text decoder in it, found 0"):  # so the ids were found
-        Target.find(with_config(config))
+        Target.find(with_config(config, **fields))
 
 
 def test_an_unset_id_is_named():
