@@ -85,17 +85,11 @@ def multiply_adds(*widths: int) -> int:
     return sum(inputs * outputs for inputs, outputs in pairwise(widths))
 
 
-_VICUNA_7B = Geometry(
-    hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab=32064
-)  # fmt: skip
+_VICUNA_7B = Geometry(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab=32064)
 _QWEN_7B = replace(_VICUNA_7B, vocab=151936)
 _VICUNA_13B = replace(_VICUNA_7B, hidden=5120, intermediate=13824, layers=40, heads=40, kv_heads=40)
-_QWEN2_7B = Geometry(
-    hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064
-)  # fmt: skip
-_QWEN3_8B = Geometry(
-    hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, vocab=151936
-)  # fmt: skip
+_QWEN2_7B = Geometry(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064)
+_QWEN3_8B = Geometry(hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, vocab=151936)
 _CLIP = Tower(
     hidden=1024,
     intermediate=4096,
