@@ -553,3 +553,16 @@ def test_what_no_other_point_beats():
         cheap,
         good,
     ]
+
+
+def test_a_setting_may_differ_in_its_last_digits(tmp_path):
+    """What was solved for is not the same to the bit in every version."""
+    with claim(tmp_path / "a", {"pruner": {"ratio": 0.8375000000004473}}):
+        pass
+    with claim(tmp_path / "a", {"pruner": {"ratio": 0.8374999999999999}}):
+        pass
+    with (
+        pytest.raises(RecordError, match=r"pruner\.ratio was 0\.8375.*, is 0\.8376"),
+        claim(tmp_path / "a", {"pruner": {"ratio": 0.8376}}),
+    ):
+        pass

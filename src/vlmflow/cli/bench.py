@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +26,7 @@ from vlmflow.cli.common import (
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
+from vlmflow.records.schema import BenchPoint, BenchRecord, LatencyRecord, to_json
 from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:
@@ -104,18 +104,33 @@ def bench(
         bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
         for request in requests:
             found = compare(subject, request, methods, repeats, each=lambda _: progress.advance(bar))
-            point = {"batch": len(found.image_tokens), "new_tokens": request.new_tokens, **asdict(found)}
-            points.append(point)
+            points.append(point_of(request, found))
             print_point(request, found)
     out.print(LEGEND)
-    record = {"subject": geometry or model, "layers": depth, "shared_weights": geometry is not None}
-    record |= {"protocol": protocol, "dtype": str(subject.dtype).removeprefix("torch."), "repeats": repeats}
-    record |= {"machine": machine(subject.device), "versions": versions(), "points": points}
+    measured = BenchRecord(
+        subject=geometry or model,
+        layers=depth,
+        shared_weights=geometry is not None,
+        protocol=protocol,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        repeats=repeats,
+        machine=machine(subject.device),
+        versions=versions(),
+        points=points,
+    )
+    record = to_json(measured)
     if save is not None:
         with refusals():
             write_json(save, record)
         typer.echo(f"wrote {save}")
     typer.echo(json.dumps(record))
+
+
+def point_of(request: Request, found: Comparison) -> BenchPoint:
+    """What was measured on a request, as it is written."""
+    methods = {name: LatencyRecord(**vars(latency)) for name, latency in found.methods.items()}
+    images, texts = list(found.image_tokens), list(found.text_tokens)
+    return BenchPoint(len(images), request.new_tokens, images, texts, methods)
 
 
 def asked(
