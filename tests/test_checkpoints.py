@@ -18,28 +18,12 @@ import checkpoints
 import tiny
 from vlmflow import HiMAP, prune
 from vlmflow.cli import app
+from vlmflow.core.families import FAMILIES
 from vlmflow.engine.backends import set_aside_broken_torchvision
-from vlmflow.models import FAMILIES, Question, load
+from vlmflow.models import Question, load
 from vlmflow.models.processors import ProcessorError, load_processor
 from vlmflow.records.files import RecordError
 
-SIZES = {"square": (40, 40), "tall": (30, 60), "wide": (200, 50)}  # width, height
-COUNTS = {  # family -> the image tokens of the square picture, of the square and the tall one together, of the wide one
-    "llava": (25, 50, 25),  # resized and cropped
-    "llava_next": (24, 40, 14),  # a small picture of 4 tokens, then tiles less their padding, with an end to each row
-    "llava_onevision": (24, 10, 14),  # the same; of several pictures the small one alone, with an end
-    "internvl": (16, 64, 80),  # 1 tile; 1 tile, and 2 with the small picture; 4 with the small picture
-    "idefics3": (80, 128, 48),  # 2 x 2 tiles and the small picture; 2 x 1 for the tall one; 1 x 2
-    "smolvlm": (80, 128, 48),
-    "mistral3": (16, 24, 4),  # 4 x 4; 4 x 4 and 4 x 2; 1 x 4
-    "qwen2_vl": (25, 57, 36),  # 5 x 5; 5 x 5 and 8 x 4; 3 x 12
-    "qwen2_5_vl": (25, 57, 36),
-    "qwen3_vl": (25, 57, 36),
-    "qwen3_vl_moe": (25, 57, 36),
-    "glm4v": (25, 57, 36),
-    "gemma3": (16, 32, 16),
-    "paligemma": (16, 32, 16),
-}
 TILES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm")
 VIDEOS = [name for name in FAMILIES if name.startswith(("llava_one", "internvl", "smolvlm", "qwen", "glm"))]
 FOR_VIDEOS = "fits this torch" if set_aside_broken_torchvision() else re.escape('pip install "vlmflow[video]"')
@@ -68,8 +52,8 @@ def checkpoint(tmp_path_factory):
 def pictures(tmp_path_factory):
     """Noise in several sizes: file by name."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    files = {name: folder / f"{name}.png" for name in SIZES}
-    for name, (width, height) in SIZES.items():
+    files = {name: folder / f"{name}.png" for name in checkpoints.SIZES}
+    for name, (width, height) in checkpoints.SIZES.items():
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(files[name])
     return files
 
@@ -95,13 +79,13 @@ def own_ids(inputs, sample: int) -> list[int]:
 
 
 def test_every_family_has_a_checkpoint():
-    assert checkpoints.FAMILIES.keys() == FAMILIES.keys() == COUNTS.keys()
+    assert checkpoints.FAMILIES.keys() == FAMILIES.keys() == checkpoints.COUNTS.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_run(checkpoint, pictures, tmp_path, name):
     """One image, several, and one that is cut into tiles; a picture of the patches where an image is one grid."""
-    for shown, count in zip((["square"], ["square", "tall"], ["wide"]), COUNTS[name], strict=True):
+    for shown, count in zip((["square"], ["square", "tall"], ["wide"]), checkpoints.COUNTS[name], strict=True):
         images = [part for one in shown for part in ("--image", pictures[one])]
         save = ["--save", tmp_path / "out"] if shown == ["wide"] else []
         printed = vlmflow("run", "--model", checkpoint(name), *images, *ASK, *save, "--json")
@@ -126,7 +110,7 @@ def test_eval(checkpoint, pictures, tmp_path, name):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["samples"] == {"asked": 3, "answered": 3, "failed": 0}
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert [row["image_tokens"]["0"] for row in rows] == list(COUNTS[name])
+    assert [row["image_tokens"]["0"] for row in rows] == list(checkpoints.COUNTS[name])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

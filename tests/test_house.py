@@ -40,6 +40,7 @@ def test_a_floor_imports_those_named_before_it(path):
     ("room", "banned"),
     [
         ("vlmflow", {"torch", "transformers", "matplotlib"}),
+        ("vlmflow.core.families", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.core.cost", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.evaluate.published", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.figures.analysis", {"torch", "transformers"}),

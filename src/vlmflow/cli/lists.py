@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from vlmflow.cli.common import notes, out, plain_table
+from vlmflow.core.families import FAMILIES
 from vlmflow.pruners import PRUNERS
 from vlmflow.pruners.outside import code_of, installed_pruners, load_installed
 
@@ -33,10 +34,8 @@ def pruners() -> None:
 
 def models() -> None:
     """List the model families that work."""
-    from vlmflow.models import FAMILIES
-
     table = plain_table("model_type", "known as")
     table.add_row("pico", "the embedded model (a LLaVA of 5 million weights)")
-    for model_type, known_as in FAMILIES.items():
-        table.add_row(model_type, known_as)
+    for family in FAMILIES.values():
+        table.add_row(family.model_type, family.known_as)
     out.print(table)

@@ -137,6 +137,8 @@ class Session:
 
     def _enter_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prompt, embeds = self._prompts.take(), kwargs.get("inputs_embeds")
+        if embeds is None:  # some text decoders embed images themselves
+            embeds = args[0] if args else kwargs.get("input_ids")
         if prompt is None or embeds is None:
             return None
         if prompt.image.shape != embeds.shape[:2]:
@@ -155,7 +157,7 @@ class Session:
         if prefill.drops:
             self._refuse_checkpointing()
         self._prefills.put(prefill)
-        return args, prefill.take_deepstack(kwargs)
+        return args, prefill.take_deepstack(kwargs) if self._target.family.deepstack else kwargs
 
     def _refuse_checkpointing(self) -> None:
         text = self._target.text

@@ -159,7 +159,7 @@ def saliency(
     _check(form, over, record, n_layers, model)
     vocabulary = found.core.config.get_text_config(decoder=True).vocab_size
     answers = answers_of(target, inputs, vocabulary, first_only=over == "first")
-    inputs = extend(inputs, answers, found.core.config.model_type)
+    inputs = extend(inputs, answers, found.family.answer_type)
     collector = Collector(tuple(range(n_layers)), form, frozenset(record), loss_scale)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -21,24 +21,6 @@ from vlmflow.models.processors import load_processor
 from vlmflow.models.vlm import VLM, ModelError
 from vlmflow.pico import MODEL_DIR
 
-FAMILIES: dict[
-    str, str
-] = {  # model_type -> the checkpoints that users know it by; each is tested, also as a whole checkpoint
-    "llava": "LLaVA-1.5",
-    "llava_next": "LLaVA-NeXT (1.6)",
-    "llava_onevision": "LLaVA-OneVision",
-    "internvl": "InternVL 2.5, 3, 3.5 (-hf)",
-    "idefics3": "Idefics3",
-    "smolvlm": "SmolVLM, SmolVLM2",
-    "mistral3": "Mistral Small 3.1 (Pixtral tower)",
-    "qwen2_vl": "Qwen2-VL",
-    "qwen2_5_vl": "Qwen2.5-VL",
-    "qwen3_vl": "Qwen3-VL",
-    "qwen3_vl_moe": "Qwen3-VL MoE",
-    "glm4v": "GLM-4.1V",
-    "gemma3": "Gemma 3",
-    "paligemma": "PaliGemma 1, 2",
-}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
