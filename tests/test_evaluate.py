@@ -20,14 +20,16 @@ from vlmflow.cli import app
 from vlmflow.cli.evaluate import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, with_budget
+from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.judge import Judge, Verdict
+from vlmflow.evaluate.marking import mark
+from vlmflow.evaluate.model_facts import ModelFacts, fingerprint
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of
-from vlmflow.evaluate.runner import Evaluation, Subject, mark, run
+from vlmflow.evaluate.runner import run
 from vlmflow.evaluate.tables import Result, find_results, group_grid, report
 from vlmflow.figures import comparison
 from vlmflow.flow.contributions import ByLayer
 from vlmflow.flow.study import Study
-from vlmflow.flow.study import run as examine
 from vlmflow.models import VLM, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Unpruned
@@ -107,7 +109,7 @@ def test_a_model_that_memory_cannot_hold_gives_the_same_files(vlm, questions, tm
     spread = load("pico", device="auto")
     weights = [(weight.is_meta, weight.device.type) for weight in spread.model.parameters()]
     assert {meta for meta, _ in weights} == {True, False}
-    assert Subject.of(spread) == Subject.of(vlm)
+    assert ModelFacts.of(spread) == ModelFacts.of(vlm)
     run(vlm, evaluation(questions), tmp_path / "whole", batch_size=4)
     run(spread, evaluation(questions), tmp_path / "spread", batch_size=4)
     assert files(tmp_path / "whole") == files(tmp_path / "spread")
@@ -248,12 +250,12 @@ def test_another_run_in_the_same_folder_is_refused(vlm, questions, finished, cha
 
 def test_changed_data_and_weights_are_other_settings(vlm, questions):
     asked = evaluation(questions)
-    before = asked.settings(Subject.of(vlm), asked.samples())
+    before = asked.settings(ModelFacts.of(vlm), asked.samples())
     questions.write_text(questions.read_text().replace(SCENES[0].questions[0].text, "What is this?"))
-    assert asked.settings(Subject.of(vlm), asked.samples())["samples"] != before["samples"]
+    assert asked.settings(ModelFacts.of(vlm), asked.samples())["samples"] != before["samples"]
     other = load("pico", device="cpu")
     other.model.lm_head.weight.data[0, 0] += 1e-3
-    assert runner.fingerprint(other.model) != before["weights"]
+    assert fingerprint(other.model) != before["weights"]
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
@@ -501,7 +503,7 @@ def test_sweep_and_report(questions, tmp_path):
 def test_reports_leave_out_what_is_no_evaluation(vlm, questions, tmp_path):
     never = [{**json.loads(line), "answer": "atom"} for line in questions.read_text().splitlines()]
     questions.write_text("".join(json.dumps(line) + "\n" for line in never))
-    examine(vlm, Study(TASKS["jsonl"], ByLayer(), Source(questions), limit=1), tmp_path / "r/flow")
+    run(vlm, Study(TASKS["jsonl"], ByLayer(), Source(questions), limit=1), tmp_path / "r/flow")
     only = vlmflow("report", tmp_path / "r")
     assert (only.exit_code, only.stdout) == (2, "")
     assert "no finished run of vlmflow eval or sweep to report" in only.stderr

@@ -20,17 +20,20 @@ from typer.testing import CliRunner
 from vlmflow import attach
 from vlmflow.cli import app
 from vlmflow.core.images import open_image
+from vlmflow.evaluate.runner import run
 from vlmflow.figures import analysis, maps
 from vlmflow.flow.consistency import label_consistency, score_consistency
 from vlmflow.flow.contributions import ByLayer
-from vlmflow.flow.findings import findings_of
 from vlmflow.flow.knockout import Knockout, random_positions
+from vlmflow.flow.prediction import predict
+from vlmflow.flow.rows import study_rows_of
 from vlmflow.flow.saliency import saliency
-from vlmflow.flow.study import Study, blank, encode, run
+from vlmflow.flow.study import Study, blank
 from vlmflow.flow.windows import ByWindow
 from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.records.files import RecordError
+from vlmflow.records.folder import Folder
 from vlmflow.tasks import TASKS, Source
 
 SCENES = pico_samples()
@@ -79,7 +82,7 @@ def test_saliency_rows_are_what_saliency_says(vlm, questions, tmp_path):
     assert [row["dropped"] for row in rows] == [False, False, True, False]
     assert rows[2]["found"] == {}
     assert summary["samples"] == {"asked": 4, "dropped": 1, "failed": 0, "kept": 3, "images": 2}
-    subject = encode(vlm, Question(COLOUR, (open_image(SCENES[0].image),)), "atom")
+    subject = predict(vlm, Question(COLOUR, (open_image(SCENES[0].image),)), "atom")
     assert vlm.processor.tokenizer.decode([subject.target]).strip() == "atom"
     assert rows[0]["target"] == subject.target
     found = saliency(vlm.model, subject.inputs, subject.target)
@@ -97,7 +100,7 @@ def test_saliency_rows_are_what_saliency_says(vlm, questions, tmp_path):
 def test_knockout_rows_are_what_knockouts_leave(vlm, questions, tmp_path):
     summary = run(vlm, study(questions, ByWindow(layers=(2, 3, 4, 7), width=2)), tmp_path / "out")
     row = json.loads((tmp_path / "out/rows.jsonl").read_text().splitlines()[0])
-    subject = encode(vlm, Question(COLOUR, (open_image(SCENES[0].image),)), "atom")
+    subject = predict(vlm, Question(COLOUR, (open_image(SCENES[0].image),)), "atom")
     drawn = random_positions(subject.layout, seed=0)
     expected = {
         f"{path} {','.join(map(str, layers))}": Knockout("image", target, layers)
@@ -136,9 +139,9 @@ def test_the_control_is_drawn_from_the_seed(vlm, questions, tmp_path, monkeypatc
         seeds.append(seed)
         return random_positions(layout, seed=seed)
 
-    monkeypatch.setattr("vlmflow.flow.windows.random_positions", seeded)
+    monkeypatch.setattr("vlmflow.flow.knockout.random_positions", seeded)
     run(vlm, replace(study(questions, ByWindow((9,), 1)), seed=3), tmp_path / "out")
-    assert seeds == [3] * 6  # three samples at both ends
+    assert seeds == [3] * 3  # once a sample
 
 
 def test_a_blank_picture_has_the_size_and_shows_nothing():
@@ -150,16 +153,16 @@ def test_a_blank_picture_has_the_size_and_shows_nothing():
 def test_samples_are_first_asked_about_a_blank_picture(vlm, questions, tmp_path, monkeypatch):
     encoded, encode_ = [], VLM.encode
     monkeypatch.setattr(VLM, "encode", lambda self, asked: (encoded.extend(asked), encode_(self, asked))[1])
-    run(vlm, study(questions, ByLayer()), tmp_path / "out")
+    run(vlm, study(questions, ByLayer()), tmp_path / "out", batch_size=3)
     is_blank = [len(question.images[0].getcolors(1 << 16)) == 1 for question in encoded]
-    assert is_blank == [True, False] * 2 + [True] + [True, False]  # the third needs no image, and is dropped
+    assert is_blank == [True] * 3 + [False] * 2 + [True, False]  # the third needs no image, and is dropped
 
 
 # -- going on
 
 
 def test_a_killed_run_ends_with_the_same_files(vlm, tmp_path):
-    command = ["flow", "knockout", "--task", "easy_vqa", "--limit", "8", "--windows", "5"]
+    command = ["flow", "knockout", "--task", "easy_vqa", "--limit", "8", "--windows", "5", "--batch-size", "2"]
     out, rows = tmp_path / "killed", tmp_path / "killed/rows.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "vlmflow", *command, "--device", "cpu", "--out", str(out)],
@@ -175,9 +178,9 @@ def test_a_killed_run_ends_with_the_same_files(vlm, tmp_path):
     with rows.open("ab") as file:  # in the middle of a line
         file.write(b'{"id": "test/5", "ima')
     asked, began = Study(TASKS["easy_vqa"], ByWindow(width=5), limit=8), []
-    run(vlm, asked, out, progress=lambda done, total, row: began.append(done))
+    run(vlm, asked, out, batch_size=2, progress=lambda done, total, row: began.append(done))
     assert 2 <= began[0] < 8
-    run(vlm, asked, tmp_path / "whole")
+    run(vlm, asked, tmp_path / "whole", batch_size=2)
     assert files(out) == files(tmp_path / "whole")
 
 
@@ -227,16 +230,17 @@ def test_a_broken_image_fails_alone_and_is_tried_again(vlm, questions, tmp_path)
 def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / f"{number}.png").write_text("no image")
-    with pytest.raises(RecordError, match=r"4 samples in a row failed .*is no image.*rows so far are in"):
+    with pytest.raises(RecordError, match=r"no sample is left: 0 of 4 .*, 4 failed \(.*is no image"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
-    assert len(findings_of(tmp_path / "out").read()) == 4
-    monkeypatch.setattr("vlmflow.flow.study.FAILURES_IN_A_ROW", 2)
+    assert len(study_rows_of(Folder(tmp_path / "out")).read()) == 4
+    monkeypatch.setattr("vlmflow.evaluate.runner.FAILURES_IN_A_ROW", 2)
     with pytest.raises(RecordError, match="2 samples in a row failed"):
-        run(vlm, study(questions, ByLayer()), tmp_path / "soon")
+        run(vlm, study(questions, ByLayer()), tmp_path / "soon", batch_size=1)
+    assert len(study_rows_of(Folder(tmp_path / "soon")).read()) == 2
 
 
 def test_a_token_outside_the_vocabulary_is_told_of(vlm, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmflow.flow.study.spellings", lambda *args: [(10_000,)])
+    monkeypatch.setattr("vlmflow.flow.prediction.spellings", lambda *args: [(10_000,)])
     with pytest.raises(RecordError, match="token 10000 is outside the vocabulary of"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
 
@@ -246,7 +250,7 @@ def test_nothing_left_is_told_of(vlm, questions, tmp_path):
     questions.write_text(line)
     with pytest.raises(RecordError, match="no sample is left: 1 of 1 were answered right about a blank picture"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
-    assert len(findings_of(tmp_path / "out").read()) == 1
+    assert len(study_rows_of(Folder(tmp_path / "out")).read()) == 1
 
 
 def test_a_broken_row_is_named(vlm, questions, tmp_path):

@@ -9,8 +9,9 @@ import pytest
 
 from vlmflow.core.statistics import Interval
 from vlmflow.flow.contributions import ByLayer, takes_over
-from vlmflow.flow.findings import Finding
-from vlmflow.flow.verdict import Claim, judge, named_layers, number, numbers, shown, span
+from vlmflow.flow.hypotheses import Claim, judgement_of
+from vlmflow.flow.layers import in_words, named_layers
+from vlmflow.flow.rows import StudyRow
 from vlmflow.flow.windows import ByWindow, ends
 
 WHOLE = Interval(1.0, 0.5, 1.5)
@@ -37,26 +38,26 @@ def test_claims_are_judged_by_their_intervals(interval, judgement):
 
 def test_a_hypothesis_holds_if_all_its_claims_do():
     yes, no, open_ = Claim("", WHOLE), Claim("", Interval(-1.0, -2.0, -0.5)), Claim("", Interval(0.1, -1.0, 1.0))
-    assert judge([yes, yes]) == "holds"
-    assert judge([yes, open_]) == "undecided"
-    assert judge([open_, no]) == "does not hold"
-    assert judge([]) == "undecided"
+    assert judgement_of([yes, yes]) == "holds"
+    assert judgement_of([yes, open_]) == "undecided"
+    assert judgement_of([open_, no]) == "does not hold"
+    assert judgement_of([]) == "undecided"
 
 
 def test_numbers_survive_json():
     wild = Interval(math.nan, -math.inf, math.inf, 0.5)
-    written = json.loads(json.dumps(numbers(wild), allow_nan=False))
-    assert [number(written[name]) for name in ("low", "high", "undefined")] == [-math.inf, math.inf, 0.5]
-    assert math.isnan(number(written["value"]))
-    assert shown(written) == "not defined"
-    assert shown(numbers(WHOLE)) == "1 [0.5, 1.5]"
+    read = Interval.from_dict(json.loads(json.dumps(wild.to_dict(), allow_nan=False)))
+    assert (read.low, read.high, read.undefined) == (-math.inf, math.inf, 0.5)
+    assert math.isnan(read.value)
+    assert read.text() == "not defined"
+    assert Interval.from_dict(WHOLE.to_dict()).text() == "1 [0.5, 1.5]"
 
 
 def test_layers_are_named_and_said():
     assert named_layers((), 3) == (0, 1, 2)
     assert named_layers((2, 0, 2), 3) == (0, 2)
-    assert span([0, 1, 2, 5]) == "layers 0-2, 5"
-    assert span([4]) == "layer 4"
+    assert in_words([0, 1, 2, 5]) == "layers 0-2, 5"
+    assert in_words([4]) == "layer 4"
     with pytest.raises(ValueError, match="layers names layer 3, but this model has layers 0 to 2"):
         named_layers((3,), 3)
     assert ends(40) == [(0, 1, 2, 3, 4), (35, 36, 37, 38, 39)]
@@ -82,7 +83,7 @@ def measured(vt, vv, n=30):
         rows = noise * np.array([[0.5] * len(vt), [0.01] * len(vt), [1.0] * len(vt), vv, vt])
         rows[3, -1] = 0
         found = dict(zip(("s_sys", "s_img", "s_ins", "s_vv", "s_vt"), rows.tolist(), strict=True))
-        yield Finding(f"{i}", (f"{i}.png",), lengths={"system": 9, "image": 100, "instruction": 10}, found=found)
+        yield StudyRow(f"{i}", (f"{i}.png",), lengths={"system": 9, "image": 100, "instruction": 10}, found=found)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def disturbed(left, experiment, n_layers, n=40):
         for path, layers in experiment.conditions(n_layers):
             stays = float(i % 10 < 10 * left(path, layers[0]))
             blocked[f"{path} {','.join(map(str, layers))}"] = {"score": stays, "label": stays, "right": stays}
-        yield Finding(f"{i}", (f"{i}.png",), right=True, found={"blocked": blocked})
+        yield StudyRow(f"{i}", (f"{i}.png",), right=True, found={"blocked": blocked})
 
 
 def as_the_paper(path, first):

@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 
 from test_pruners_outside import NORM
-from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.evaluate.evaluation import Evaluation
+from vlmflow.evaluate.runner import run
 from vlmflow.models import load
 from vlmflow.pico import samples
 from vlmflow.plugins.lmms_eval import TASK_FILES, bridge

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from test_pruners_outside import NORM
 from vlmflow.cli import app
 from vlmflow.evaluate.budgets import for_task
+from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.on_ray import Loading, connected
 from vlmflow.evaluate.rows import rows_of
-from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.evaluate.runner import run
 from vlmflow.models import load
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import Folder

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from test_pruners_outside import NORM
 from vlmflow.evaluate.budgets import for_task
-from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.evaluate.evaluation import Evaluation
+from vlmflow.evaluate.runner import run
 from vlmflow.models import load
 from vlmflow.tasks import TASKS
 

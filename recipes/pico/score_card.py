@@ -19,8 +19,9 @@ from rich.progress import Progress
 
 from recipes.pico import RECORD
 from recipes.pico.model import checksum
+from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.rows import outcomes_of
-from vlmflow.evaluate.runner import Evaluation, run
+from vlmflow.evaluate.runner import run
 from vlmflow.flow.study import GREY
 from vlmflow.models import VLM, load
 from vlmflow.pico import MODEL_DIR

@@ -37,8 +37,8 @@ from vlmflow.pruners import PRUNERS, Unpruned, find_pruner, parse_fields
 from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.rows import Row
-    from vlmflow.evaluate.runner import Progress
+    from vlmflow.evaluate.launch import RayWorkers
+    from vlmflow.evaluate.runner import Progress, SampleRow
     from vlmflow.records.schema import Line
 
 METHODS = ",".join(name for name, method in PRUNERS.items() if method is not Unpruned)
@@ -56,6 +56,12 @@ SplitOption = Annotated[str | None, typer.Option(help="Another split than the ta
 RevisionOption = Annotated[str | None, typer.Option(help="The hub data set's revision.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for results; one that was begun is gone on with.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line last.")]
+EngineOption = Annotated[str, typer.Option(help="Who answers: local, this process or torchrun's; or ray.")]
+WorkersOption = Annotated[int | None, typer.Option(help="With ray: so many models answer; default: 1.")]
+GpusOption = Annotated[float | None, typer.Option(help="With ray: GPUs for each; default: one, if there are any.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
+]
 
 
 def evaluate(
@@ -80,14 +86,10 @@ def evaluate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the judge's requests; send none.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
-    engine: Annotated[str, typer.Option(help="Who answers: local, this process or torchrun's; or ray.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="With ray: so many models answer; default: 1.")] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(help="With ray: GPUs for each; default: one, if there are any.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
-    ] = None,
+    engine: EngineOption = "local",
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    ray_address: AddressOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Evaluate a model on a task with its image tokens pruned; started again it goes on where it stopped.
@@ -100,44 +102,32 @@ def evaluate(
         name = find_pruner(pruner).name
         chosen = _task(task)
         marker = _marker(chosen, judge, judge_url, dry_run, out_dir)
-        fleet = _fleet(engine, workers, gpus_per_worker, ray_address)
+        on_ray = ray_workers(engine, workers, gpus_per_worker, ray_address)
         where = Source(absolute(source), absolute(images), hub, config, split, revision)
-        _check_out(out_dir)
+        check_out(out_dir)
         samples = _samples(chosen, where, prompt_style, rule, limit)
     from vlmflow.evaluate.budgets import for_task
-    from vlmflow.evaluate.on_ray import Loading, connected
-    from vlmflow.evaluate.on_torchrun import Ranks, own_accelerator
-    from vlmflow.evaluate.runner import Evaluation, mark, run, write_requests
+    from vlmflow.evaluate.evaluation import Evaluation
+    from vlmflow.evaluate.launch import launch
+    from vlmflow.evaluate.marking import mark, write_requests
+    from vlmflow.evaluate.on_ray import Loading
 
-    def asked(n_layers: int) -> Evaluation:
+    def evaluation(n_layers: int) -> Evaluation:
         method, origin = for_task(pruner, settings, chosen.preset, n_layers)
         return Evaluation(chosen, method, origin, where, prompt_style, rule, limit, max_new_tokens)
 
     with refusals(), stoppable(), bars() as progress:
-        how = {"batch_size": batch_size, "samples": samples, "progress": show(progress, f"{task} {name}")}
-        if fleet is not None:
-            with connected(Loading.named(model, device, dtype), *fleet) as pool:
-                subject = pool.describe()
-                evaluation = asked(subject.layers)
-                summary = pool.run(subject, evaluation, out_dir, **how)
-        elif (ranks := Ranks.launched()) is not None:
-            if device == "auto":
-                raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
-            vlm = load_model(model, device or own_accelerator(), dtype)
-            evaluation = asked(vlm.n_layers)
-            summary = ranks.run(vlm, evaluation, out_dir, **how)
-        else:
-            vlm = load_model(model, device, dtype)
-            evaluation = asked(vlm.n_layers)
-            summary = run(vlm, evaluation, out_dir, **how)
+        loading, bar = Loading.named(model, device, dtype), show(progress, f"{task} {name}")
+        summary = launch(evaluation, loading, out_dir, on_ray, batch_size=batch_size, samples=samples, progress=bar)
     if summary is None:
         return  # torchrun's first process has it
     with refusals(), stoppable():
+        done = evaluation(summary["settings"]["layers"])
         if marker is not None and dry_run:
-            count = write_requests(out_dir, evaluation, marker, samples)
+            count = write_requests(out_dir, done, marker, samples)
             notes.print(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
         elif marker is not None:
-            summary = mark(out_dir, evaluation, marker, samples)
+            summary = mark(out_dir, done, marker, samples)
     _print_summary(summary, chosen)
     typer.echo(f"wrote {out_dir / 'summary.json'}")
     if json_:
@@ -180,10 +170,10 @@ def sweep(
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ValueError("sweep runs in one process; under torchrun evaluate its methods one by one with eval")
         where = Source(absolute(source), absolute(images), hub, config, split, revision)
-        _check_out(out_dir)
+        check_out(out_dir)
         samples = _samples(chosen, where, prompt_style, rule, limit)
     vlm = load_model(model, device, dtype)
-    from vlmflow.evaluate.runner import Evaluation
+    from vlmflow.evaluate.evaluation import Evaluation
     from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
 
@@ -259,7 +249,7 @@ def show(progress: Bars, title: str) -> Progress:
     """A bar that follows a run; samples that fail are told of above it."""
     bar, start, before, failed = TaskID(0), 0.0, 0, 0
 
-    def follow(done: int, total: int, row: Row | None) -> None:
+    def follow(done: int, total: int, row: SampleRow | None) -> None:
         nonlocal bar, start, before, failed
         if row is None:  # not before the folder has been accepted
             bar = progress.add_task(title, total=total, completed=done, pace="")
@@ -267,7 +257,7 @@ def show(progress: Bars, title: str) -> Progress:
             return
         if row.failure is not None:
             failed += 1
-            progress.console.print(f"{row.sample.id} failed: {row.failure}", highlight=False, markup=False)
+            progress.console.print(f"{row.id} failed: {row.failure}", highlight=False, markup=False)
         each = (time.perf_counter() - start) / (done - before)
         rate = f"{1 / each:.1f} a second" if each < 1 else f"{each:.1f} s each"
         pace = [rate, f"{timedelta(seconds=round(each * (total - done)))} left"]
@@ -314,10 +304,8 @@ def _samples(task: Task, source: Source, style: str | None, rule: str | None, li
     return samples
 
 
-def _fleet(
-    engine: str, workers: int | None, gpus: float | None, address: str | None
-) -> tuple[int, float | None, str | None] | None:
-    """What Ray is to make, None where it has no part."""
+def ray_workers(engine: str, workers: int | None, gpus: float | None, address: str | None) -> RayWorkers | None:
+    """Who answers with ``--engine ray``; None where Ray has no part."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine must be local or ray, got {engine!r}")
     if engine == "local":
@@ -327,10 +315,13 @@ def _fleet(
         return None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("--engine ray starts its own workers; run it without torchrun")
-    return workers if workers is not None else 1, gpus, address
+    from vlmflow.evaluate.launch import RayWorkers
+
+    return RayWorkers(1 if workers is None else workers, gpus, address)
 
 
-def _check_out(folder: Path) -> None:
+def check_out(folder: Path) -> None:
+    """Refuse a file where a folder is wanted, before a model is loaded."""
     if folder.is_file():
         raise ValueError(f"--out wants a folder, and {folder} is a file")
 

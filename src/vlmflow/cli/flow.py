@@ -1,17 +1,23 @@
-"""``vlmflow flow saliency``, ``knockout`` and ``show``: the paper's analysis, with figures and a verdict."""
+"""``vlmflow flow``: a command for each experiment, with figures and a verdict; ``show``, a picture of one prompt."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, absolute, load_model, notes, refusals
 from vlmflow.cli.evaluate import (
+    AddressOption,
+    BatchOption,
     ConfigOption,
+    EngineOption,
+    GpusOption,
     HubOption,
     ImagesOption,
     JsonOption,
@@ -20,17 +26,20 @@ from vlmflow.cli.evaluate import (
     RevisionOption,
     SourceOption,
     SplitOption,
+    WorkersOption,
     bars,
+    check_out,
+    ray_workers,
     show,
     stoppable,
 )
+from vlmflow.flow.layers import Layers
+from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
     from vlmflow.flow.study import Experiment
-
-INTERVALS = ", 95 % intervals"
 
 flow = typer.Typer(
     no_args_is_help=True, help="See where visual information flows: saliency, knock-outs, a picture of one prompt."
@@ -44,92 +53,89 @@ LayersOption = Annotated[str, typer.Option(help="Layers, as 0-4,8; default: all.
 SeedOption = Annotated[int, typer.Option(help="Of the bootstrap and of random controls.")]
 
 
-@flow.command()
-def saliency(
-    out_dir: OutOption,
-    model: ModelOption = "pico",
-    task: TaskOption = None,
-    samples: SamplesOption = None,
-    source: SourceOption = None,
-    images: ImagesOption = None,
-    hub: HubOption = None,
-    config: ConfigOption = None,
-    split: SplitOption = None,
-    revision: RevisionOption = None,
-    limit: LimitOption = None,
-    layers: LayersOption = "",
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    json_: JsonOption = False,
-) -> None:
-    """What system, image and instruction tokens contribute, layer by layer (Eq. 1 to 6, Figures 2, 3 and 9)."""
-    with refusals():
-        chosen = _task(task, samples, source)
-        where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
-        named = _layers(layers)
-        from vlmflow.flow.contributions import ByLayer
+def study_command(experiment: type[Experiment]) -> Callable[..., None]:
+    """The command that runs an experiment on a task's samples; the experiment's fields are options of it."""
+    kinds = get_type_hints(experiment)
 
-    summary = _study(chosen, where, limit, seed, ByLayer(named), out_dir, model, device, dtype)
-    from vlmflow.figures import analysis
+    def command(
+        out_dir: OutOption,
+        model: ModelOption = "pico",
+        task: TaskOption = None,
+        samples: SamplesOption = None,
+        source: SourceOption = None,
+        images: ImagesOption = None,
+        hub: HubOption = None,
+        config: ConfigOption = None,
+        split: SplitOption = None,
+        revision: RevisionOption = None,
+        limit: LimitOption = None,
+        batch_size: BatchOption = 8,
+        seed: SeedOption = 0,
+        device: DeviceOption = None,
+        dtype: DtypeOption = "auto",
+        engine: EngineOption = "local",
+        workers: WorkersOption = None,
+        gpus_per_worker: GpusOption = None,
+        ray_address: AddressOption = None,
+        json_: JsonOption = False,
+        **fields: Any,
+    ) -> None:
+        with refusals():
+            chosen = _task(task, samples, source)
+            where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
+            made = experiment(**{name: _value(kinds[name], value) for name, value in fields.items()})
+            on_ray = ray_workers(engine, workers, gpus_per_worker, ray_address)
+            check_out(out_dir)
+            from vlmflow.evaluate.launch import launch
+            from vlmflow.evaluate.on_ray import Loading
+            from vlmflow.flow.study import Study
 
-    measures, title, where = summary["measures"], _title(summary), summary["settings"]["examined"]
-    importance = "importance (mean over samples)"
-    contributions = {
-        "system tokens (S_sys)": "s_sys",
-        "image tokens (S_img)": "s_img",
-        "instruction tokens (S_ins)": "s_ins",
-    }
-    flows = {"visual-textual (S_vt)": "s_vt", "intra-visual (S_vv)": "s_vv"}
-    for stem, names in {"contributions": contributions, "flows": flows}.items():
-        curves = {label: _curve(measures[name]) for label, name in names.items()}
-        analysis.by_layer(out_dir / stem, where, curves, importance, title)
-    analysis.lengths(out_dir / "lengths", summary["lengths"], title.removesuffix(INTERVALS))
-    _close(summary, out_dir, ["contributions", "flows", "lengths"], json_)
+            study = Study(chosen, made, where, limit, seed)
+            looked_at = study.samples()
+        with refusals(), stoppable(), bars() as progress:
+            summary = launch(
+                lambda n_layers: study,
+                Loading.named(model, device, dtype),
+                out_dir,
+                on_ray,
+                batch_size=batch_size,
+                samples=looked_at,
+                progress=show(progress, f"{experiment.name} {chosen.name}"),
+            )
+        if summary is None:
+            return  # torchrun's first process has it
+        figures = made.figures(summary, out_dir)
+        typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
+        drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
+        typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
+        for sample, reason in summary["failed"].items():
+            notes.print(f"{sample} failed: {reason}", highlight=False, markup=False)
+        if json_:
+            typer.echo(json.dumps(summary))
+
+    common = inspect.signature(command, eval_str=True)
+    *shared, _ = common.parameters.values()
+    own = [_option(field, kinds[field.name]) for field in dataclasses.fields(experiment)]
+    command.__signature__ = common.replace(parameters=[*shared[:1], *own, *shared[1:]])
+    command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
+    return command
 
 
-@flow.command()
-def knockout(
-    out_dir: OutOption,
-    model: ModelOption = "pico",
-    task: TaskOption = None,
-    samples: SamplesOption = None,
-    source: SourceOption = None,
-    images: ImagesOption = None,
-    hub: HubOption = None,
-    config: ConfigOption = None,
-    split: SplitOption = None,
-    revision: RevisionOption = None,
-    limit: LimitOption = None,
-    layers: LayersOption = "",
-    windows: Annotated[int, typer.Option(help="How many layers are blocked together: 1, 2 or 5.")] = 2,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    json_: JsonOption = False,
-) -> None:
-    """What the prediction loses when a flow is blocked in some layers (Eq. 7, Figures 4 and 5)."""
-    with refusals():
-        chosen = _task(task, samples, source)
-        where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
-        named = _layers(layers)
-        from vlmflow.flow.windows import ByWindow
+def _option(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    """An experiment's field as an option; layers are written as text."""
+    name = field.metadata.get("option", f"--{field.name.replace('_', '-')}")
+    option = Annotated[str if kind == Layers else kind, typer.Option(name, help=field.metadata["help"])]
+    default = "" if kind == Layers else field.default
+    return inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=option)
 
-        experiment = ByWindow(named, windows)
-    summary = _study(chosen, where, limit, seed, experiment, out_dir, model, device, dtype)
-    from vlmflow.figures import analysis
 
-    title, kept = _title(summary), summary["consistency"]
-    panels = {
-        f"{measure} consistency": {f"{path} flow": _curve(own) for path, own in kept[measure].items()}
-        for measure in ("label", "score")
-    }
-    first, last = (len(end) for end in summary["settings"]["ends"])
-    analysis.consistencies(out_dir / "consistency", [f"first {first} layers", f"last {last} layers"], panels, title)
-    lost = {f"{path} flow": _curve(own) for path, own in summary["lost"]["score"].items()}
-    places = ["-".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in summary["settings"]["examined"]]
-    analysis.log_ratios(out_dir / "windows", places, lost, _curve(summary["log_vv_vt"]["score"]), title)
-    _close(summary, out_dir, ["consistency", "windows"], json_)
+def _value(kind: Any, given: Any) -> Any:
+    """What an option's field holds."""
+    return _layers(given) if kind == Layers else given
+
+
+for _experiment in EXPERIMENTS.values():
+    flow.command(_experiment.name)(study_command(_experiment))
 
 
 @flow.command("show")
@@ -147,8 +153,7 @@ def show_(
     with refusals():
         if not prompt.strip():
             raise ValueError("the prompt is empty; ask something with --prompt")
-        if out_dir.is_file():
-            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
+        check_out(out_dir)
         named = _layers(layers)
         from vlmflow.core.images import open_image
         from vlmflow.models import Question, seen_images
@@ -180,42 +185,6 @@ def show_(
         typer.echo(json.dumps(record))
 
 
-def _study(
-    task: Task,
-    source: Source,
-    limit: int | None,
-    seed: int,
-    experiment: Experiment,
-    out_dir: Path,
-    model: str,
-    device: str | None,
-    dtype: str,
-) -> dict[str, Any]:
-    """Run an experiment; its summary. Bad samples and settings are refused before a model is loaded."""
-    from vlmflow.flow.study import Study, run
-
-    study = Study(task, experiment, source, limit, seed)
-    with refusals():
-        if out_dir.is_file():
-            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
-        samples = study.samples()
-    vlm = load_model(model, device, dtype)
-    with refusals(), stoppable(), bars() as progress:
-        return run(vlm, study, out_dir, samples, show(progress, f"{experiment.name} {task.name}"))
-
-
-def _close(summary: Mapping[str, Any], out_dir: Path, figures: Sequence[str], json_: bool) -> None:
-    """Print the verdict and what was written."""
-    typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
-    typer.echo(
-        f"wrote summary.json, verdict.md, {', '.join(f'{name}.png, {name}.svg' for name in figures)} to {out_dir}"
-    )
-    for sample, reason in summary["failed"].items():
-        notes.print(f"{sample} failed: {reason}", highlight=False, markup=False)
-    if json_:
-        typer.echo(json.dumps(summary))
-
-
 def _task(name: str | None, samples: Path | None, source: Path | None) -> Task:
     if (name is None) == (samples is None):
         raise ValueError("name either a --task or a file of --samples")
@@ -226,7 +195,7 @@ def _task(name: str | None, samples: Path | None, source: Path | None) -> Task:
     return TASKS[name or "jsonl"]
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _layers(text: str) -> Layers:
     """``0-4,8`` and the like."""
     layers: list[int] = []
     for part in text.split(",") if text.strip() else ():
@@ -235,16 +204,3 @@ def _layers(text: str) -> tuple[int, ...]:
             raise ValueError(f"--layers wants numbers and ranges such as 0-4,8, got {text!r}")
         layers += range(int(first), int(last or first) + 1)
     return tuple(layers)
-
-
-def _title(summary: Mapping[str, Any]) -> str:
-    settings, counts = summary["settings"], summary["samples"]
-    return f"{settings['model']} on {settings['task']}, {counts['kept']} samples{INTERVALS}"
-
-
-def _curve(intervals: Sequence[Mapping[str, Any]]) -> Any:
-    """Recorded intervals, for drawing."""
-    from vlmflow.figures.analysis import Curve
-    from vlmflow.flow.verdict import number
-
-    return Curve(*([number(own[name]) for own in intervals] for name in ("value", "low", "high")))

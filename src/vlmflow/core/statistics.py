@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Real
@@ -38,6 +39,24 @@ class Interval:
         method = "linear" if np.isfinite(defined).all() else "inverted_cdf"  # no mean of two that may be infinite
         low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method=method)
         return cls(value, float(low), float(high), undefined)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Interval:
+        """The interval that ``to_dict`` wrote."""
+        return cls(*(math.nan if record[field.name] is None else float(record[field.name]) for field in fields(cls)))
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        """The interval in JSON's own types: nan is null, infinities are texts that ``float`` reads."""
+        return {
+            name: None if math.isnan(number) else str(number) if math.isinf(number) else number
+            for name, number in asdict(self).items()
+        }
+
+    def text(self, form: str = ".3g") -> str:
+        """The interval in words, such as ``1 [0.5, 1.5]``."""
+        if math.isnan(self.value):
+            return "not defined"
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def times(self, scale: float) -> Interval:
         """The interval in another unit, such as percent."""

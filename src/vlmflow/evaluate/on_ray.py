@@ -1,4 +1,4 @@
-"""Shards answered on many machines: an actor pool of Ray Data, which schedules, retries and restarts.
+"""Shards shared by many machines: an actor pool of Ray Data, which schedules, retries and restarts.
 
 The driver keeps the rows and holds no model. Each worker loads the model and the task by itself, so that shards travel
 as numbers and rows as text; a worker that would answer under other settings than the run's refuses.
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmflow.evaluate.rows import Row
-from vlmflow.evaluate.runner import Evaluation, Progress, Shard, Subject, answers, collect
+from vlmflow.evaluate.model_facts import ModelFacts
+from vlmflow.evaluate.runner import Job, Progress, R, collect
+from vlmflow.evaluate.shards import Shard
 from vlmflow.models import VLM, load
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import differences
@@ -61,8 +62,8 @@ class Pool:
     gpus: float
     loading: Loading
 
-    def describe(self) -> Subject:
-        """What is evaluated, read off the model on one of the machines that will run it.
+    def describe(self) -> ModelFacts:
+        """The model's facts, read off it on one of the machines that will run it.
 
         Raises:
             RecordError: it cannot be loaded there.
@@ -74,29 +75,26 @@ class Pool:
 
     def run(
         self,
-        subject: Subject,
-        evaluation: Evaluation,
+        facts: ModelFacts,
+        job: Job[Any],
         out: Path,
         *,
         batch_size: int,
         samples: Sequence[Sample],
         progress: Progress,
     ) -> dict[str, Any]:
-        """Evaluate into a folder of the driver's (see ``collect``); the summary.
+        """Do a job into a folder of the driver's (see ``collect``); the summary.
 
-        What a worker held that died is answered by another, as often as that happens.
+        What a worker held that died is done by another, as often as that happens.
 
         Raises:
             RecordError: also where a worker cannot load what it needs, or has other versions, weights or samples.
         """
-        evaluation.pruner.checked_stages(subject.layers, 0)
-        answering = partial(self._answers, evaluation, evaluation.settings(subject, samples))
+        make_rows = partial(self._make_rows, job, job.settings(facts, samples))
         where = {"device": "ray", "workers": self.workers, "gpus_per_worker": self.gpus}
-        return collect(subject, answering, evaluation, samples, out, batch_size, where, progress)
+        return collect(job, facts, samples, make_rows, out, batch_size, where, progress)
 
-    def _answers(
-        self, evaluation: Evaluation, settings: dict[str, Any], shards: Sequence[Shard]
-    ) -> Iterator[list[Row]]:
+    def _make_rows(self, job: Job[R], settings: dict[str, Any], shards: Sequence[Shard]) -> Iterator[list[R]]:
         """The rows of shards, as workers finish them."""
         import ray.data
 
@@ -106,34 +104,34 @@ class Pool:
         with _one_line():
             done = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
                 Worker,
-                fn_constructor_args=(self.loading, evaluation, settings),
+                fn_constructor_args=(self.loading, job, settings),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(todo))),
                 num_gpus=self.gpus,
             )
             for block in done.iter_batches(batch_size=None, prefetch_batches=0):
                 for rows in block["rows"]:
-                    yield [Row.from_dict(record) for record in json.loads(rows)]
+                    yield [job.row_type.from_dict(record) for record in json.loads(rows)]
 
 
 class Worker:
     """One actor of the pool, with a model of its own."""
 
-    def __init__(self, loading: Loading, evaluation: Evaluation, settings: dict[str, Any]) -> None:
-        self._vlm, self._evaluation, self._samples = loading.load(), evaluation, evaluation.samples()
-        own = evaluation.settings(Subject.of(self._vlm), self._samples)
-        if differing := differences(settings, own):
+    def __init__(self, loading: Loading, job: Job[Any], settings: dict[str, Any]) -> None:
+        self._vlm, self._job, self._samples = loading.load(), job, job.samples()
+        here = job.settings(ModelFacts.of(self._vlm), self._samples)
+        if differing := differences(settings, here):
             raise RecordError(f"on {platform.node()} the settings would be others: {'; '.join(differing)}")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """Answer shards."""
+        """Make the rows of shards."""
         shards = [Shard.from_dict(json.loads(text)) for text in batch["shard"]]
-        done = answers(self._vlm, self._evaluation, self._samples, shards)
-        return {"rows": [json.dumps([row.to_dict() for row in rows]) for rows in done]}
+        made = self._job.make_rows(self._vlm, self._samples, shards)
+        return {"rows": [json.dumps([row.to_dict() for row in rows]) for rows in made]}
 
 
-def _describe(loading: Loading) -> Subject:
-    return Subject.of(loading.load())
+def _describe(loading: Loading) -> ModelFacts:
+    return ModelFacts.of(loading.load())
 
 
 @contextmanager

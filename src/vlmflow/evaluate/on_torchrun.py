@@ -1,4 +1,4 @@
-"""Shards answered by the processes of one torchrun: each answers its share, the first keeps all rows.
+"""Shards shared by the processes of one torchrun: each makes the rows of its own, the first keeps all rows.
 
 They meet in the key-value store that torchrun itself keeps, so nobody waits for another before the end, and no
 collective is needed. torchrun ends them all if one dies; the same command goes on from the rows.
@@ -19,8 +19,9 @@ import torch
 from torch.distributed import is_torchelastic_launched
 from torch.distributed.rendezvous import rendezvous
 
-from vlmflow.evaluate.rows import Row
-from vlmflow.evaluate.runner import Evaluation, Progress, Shard, Subject, answers, collect, machine
+from vlmflow.evaluate.model_facts import ModelFacts
+from vlmflow.evaluate.runner import Job, Progress, R, collect, machine
+from vlmflow.evaluate.shards import Shard
 from vlmflow.models import VLM
 from vlmflow.tasks import Sample
 
@@ -53,44 +54,43 @@ class Ranks:
     def run(
         self,
         vlm: VLM,
-        evaluation: Evaluation,
+        job: Job[Any],
         out: Path,
         *,
         batch_size: int,
         samples: Sequence[Sample],
         progress: Progress,
     ) -> dict[str, Any] | None:
-        """Evaluate into a folder together (see ``collect``); the summary, None from all but the first."""
-        evaluation.pruner.checked_stages(vlm.n_layers, 0)
+        """Do a job into a folder together (see ``collect``); the summary, None from all but the first."""
         if self.rank:
-            return self._help(vlm, evaluation, samples)
-        answering = partial(self._answers, vlm, evaluation, samples)
+            return self._help(vlm, job, samples)
+        make_rows = partial(self._make_rows, vlm, job, samples)
         where = machine(vlm) | {"processes": self.size}
-        return collect(Subject.of(vlm), answering, evaluation, samples, out, batch_size, where, progress)
+        return collect(job, ModelFacts.of(vlm), samples, make_rows, out, batch_size, where, progress)
 
-    def _answers(
-        self, vlm: VLM, evaluation: Evaluation, samples: Sequence[Sample], shards: Sequence[Shard]
-    ) -> Iterator[list[Row]]:
-        """The first one's own rows, and between them what the others have done."""
+    def _make_rows(
+        self, vlm: VLM, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]
+    ) -> Iterator[list[R]]:
+        """The rows that the first process makes, and between them what the others have made."""
         self.store.set("shards", json.dumps([asdict(shard) for shard in shards]))
         queues = [list(range(rank, len(shards), self.size)) for rank in range(1, self.size)]
-        for rows in answers(vlm, evaluation, samples, shards[:: self.size]):
+        for rows in job.make_rows(vlm, samples, shards[:: self.size]):
             yield rows
             for queue in queues:
                 while queue and self.store.check([_key(queue[0])]):
-                    yield self._take(queue.pop(0))
+                    yield self._take(job, queue.pop(0))
         for queue in queues:
-            yield from map(self._take, queue)
+            yield from (self._take(job, number) for number in queue)
 
-    def _take(self, number: int) -> list[Row]:
-        rows = [Row.from_dict(record) for record in json.loads(self.store.get(_key(number)))]
+    def _take(self, job: Job[R], number: int) -> list[R]:
+        rows = [job.row_type.from_dict(record) for record in json.loads(self.store.get(_key(number)))]
         self.store.delete_key(_key(number))
         return rows
 
-    def _help(self, vlm: VLM, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
+    def _help(self, vlm: VLM, job: Job[Any], samples: Sequence[Sample]) -> None:
         shards = [Shard.from_dict(record) for record in json.loads(self.store.get("shards"))]
         mine = range(self.rank, len(shards), self.size)
-        for number, rows in zip(mine, answers(vlm, evaluation, samples, shards[self.rank :: self.size]), strict=True):
+        for number, rows in zip(mine, job.make_rows(vlm, samples, shards[self.rank :: self.size]), strict=True):
             self.store.set(_key(number), json.dumps([row.to_dict() for row in rows]))
 
 

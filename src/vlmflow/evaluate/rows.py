@@ -32,6 +32,11 @@ class Row:
     cost: Mapping[str, Any] | None = None
     failure: str | None = None
 
+    @property
+    def id(self) -> str:
+        """The sample's id."""
+        return self.sample.id
+
     def outcome(self, verdict: tuple[float, ...] | None = None) -> Outcome:
         """What the task's figure is made from."""
         return Outcome(self.sample, self.answer, self.parsed, self.score, verdict)
@@ -84,7 +89,7 @@ class Row:
 
 def rows_of(folder: Folder) -> RowFile[Row]:
     """An evaluation's rows."""
-    return RowFile(folder.path / ROWS, Row.to_dict, Row.from_dict)
+    return RowFile(folder.path / ROWS, Row)
 
 
 def verdicts_of(folder: Folder) -> dict[str, Any] | None:

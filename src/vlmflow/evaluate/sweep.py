@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmflow.evaluate.budgets import with_budget
-from vlmflow.evaluate.runner import Evaluation, Progress, run
+from vlmflow.evaluate.evaluation import Evaluation
+from vlmflow.evaluate.runner import Progress, run
 from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line, table_of
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Task, Unpruned, find_pruners

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlmflow.core.statistics import Interval
 from vlmflow.figures.style import COLOURS, MARKERS, look, save_both
 
 
@@ -20,6 +22,12 @@ class Curve:
     value: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+
+    @classmethod
+    def of(cls, recorded: Sequence[Mapping[str, Any]]) -> Curve:
+        """The curve through intervals as summaries hold them."""
+        intervals = [Interval.from_dict(record) for record in recorded]
+        return cls(*zip(*((each.value, each.low, each.high) for each in intervals), strict=True))
 
 
 def by_layer(stem: Path, layers: Sequence[int], curves: Mapping[str, Curve], ylabel: str, title: str) -> None:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio
-from vlmflow.flow.findings import Finding
-from vlmflow.flow.saliency import saliency
-from vlmflow.flow.study import Asked
-from vlmflow.flow.verdict import (
-    Claim,
-    halves,
-    named_layers,
-    numbers,
-    record,
-    shown,
-    span,
-    told,
-)
-from vlmflow.models import VLM
+from vlmflow.flow.hypotheses import Claim, judged
+from vlmflow.flow.layers import Layers, halves, in_words, named_layers
+from vlmflow.flow.rows import StudyRow
+from vlmflow.flow.verdict import figure_title, in_text, judgements, opening
 from vlmflow.records.table import Table
+
+if TYPE_CHECKING:
+    from vlmflow.flow.prediction import Prediction
+    from vlmflow.models import VLM
 
 MEASURES = ("s_sys", "s_img", "s_ins", "s_vv", "s_vt")
 _IMG, _INS, _VV, _VT, _ALL_IMG, _ALL_INS = 1, 2, 3, 4, 5, 6  # of MEASURES, then two sums over tokens
@@ -32,41 +27,46 @@ _IMG, _INS, _VV, _VT, _ALL_IMG, _ALL_INS = 1, 2, 3, 4, 5, 6  # of MEASURES, then
 
 @dataclass(frozen=True)
 class ByLayer:
-    """The five measures of saliency in each of ``layers``, all if none is named."""
+    """What system, image and instruction tokens contribute, layer by layer (Eq. 1 to 6, Figures 2, 3 and 9).
 
-    layers: tuple[int, ...] = ()
-    name = "saliency"
+    Looked at are the five measures of saliency in each of ``layers``, all if none is named.
+    """
+
+    layers: Layers = field(default=(), metadata={"help": "Layers, as 0-4,8; default: all."})
+    name: ClassVar[str] = "saliency"
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The layers, and which quantity it is."""
         return {"examined": list(named_layers(self.layers, n_layers)), "form": "paper", "over": "first"}
 
-    def look(self, vlm: VLM, asked: Asked, seed: int) -> dict[str, Any]:
+    def examine(self, vlm: VLM, prediction: Prediction, seed: int) -> dict[str, Any]:
         """The measures of one sample, by layer; null for a segment without tokens."""
-        found = saliency(vlm.model, asked.inputs, asked.target)
+        from vlmflow.flow.saliency import saliency
+
+        found = saliency(vlm.model, prediction.inputs, prediction.target)
         layers = list(named_layers(self.layers, vlm.n_layers))
-        values = {name: getattr(found, name)[layers, 0].tolist() for name in MEASURES}
+        by_layer = {name: getattr(found, name)[layers, 0].tolist() for name in MEASURES}
         return {
             "loss": float(found.loss[0]),
-            **{name: [None if math.isnan(v) else v for v in own] for name, own in values.items()},
+            **{name: [None if math.isnan(v) else v for v in values] for name, values in by_layer.items()},
         }
 
-    def sum_up(self, findings: Sequence[Finding], n_layers: int, seed: int) -> dict[str, Any]:
+    def sum_up(self, rows: Sequence[StudyRow], n_layers: int, seed: int) -> dict[str, Any]:
         """Means, which flow leads in which layer, and the paper's hypotheses.
 
         Nothing reads the image tokens of the last layer, so that S_vv is 0 there; it is left out where flows are
         weighed against each other.
         """
         layers = named_layers(self.layers, n_layers)
-        images = clusters_of([finding.images for finding in findings])
-        means = Resampled.means(np.array([_columns(finding) for finding in findings]), images, seed)
+        images = clusters_of([row.images for row in rows])
+        means = Resampled.means(np.array([_columns(row) for row in rows]), images, seed)
         ratios = [means.interval(lambda m, i=i: _vt_over_vv(m, [i])) for i in range(len(layers))]
-        leaders = {layer: _leader(own) for layer, own in zip(layers, ratios, strict=True) if layer < n_layers - 1}
+        leaders = {layer: _leader(ratio) for layer, ratio in zip(layers, ratios, strict=True) if layer < n_layers - 1}
         shallow, deep = halves(len(layers))
         deep = [i for i in deep if layers[i] in leaders]
         hypotheses: dict[str, list[Claim]] = {"H1": [], "H2": []}
         if deep:
-            first, last = (span([layers[i] for i in part]) for part in (shallow, deep))
+            first, last = (in_words([layers[i] for i in part]) for part in (shallow, deep))
             claims = {
                 f"visual-textual flow leads in {first}: log(S_vt / S_vv)": lambda m: _vt_over_vv(m, shallow),
                 f"most visual-textual flow is in {first}: its share of S_vt, less a half": lambda m: (
@@ -77,31 +77,30 @@ class ByLayer:
                     _vt_over_vv(m, shallow) - _vt_over_vv(m, deep)
                 ),
             }
-            judged = [Claim(text, means.interval(statistic)) for text, statistic in claims.items()]
-            hypotheses = {"H1": judged[:2], "H2": judged[2:]}
+            weighed = [Claim(text, means.interval(statistic)) for text, statistic in claims.items()]
+            hypotheses = {"H1": weighed[:2], "H2": weighed[2:]}
         return {
             "measures": {
-                name: [numbers(means.interval(lambda m, n=n, i=i: m[..., n, i])) for i in range(len(layers))]
+                name: [means.interval(lambda m, n=n, i=i: m[..., n, i]).to_dict() for i in range(len(layers))]
                 for n, name in enumerate(MEASURES)
             },
-            "log_vt_vv": [numbers(own) for own in ratios],
+            "log_vt_vv": [ratio.to_dict() for ratio in ratios],
             "leaders": {str(layer): leader for layer, leader in leaders.items()},
             "takes_over": takes_over(leaders),
             "image_to_instruction": {
-                name: numbers(means.interval(lambda m, a=a, b=b: m[..., a, :].sum(-1) / m[..., b, :].sum(-1)))
+                name: means.interval(lambda m, a=a, b=b: m[..., a, :].sum(-1) / m[..., b, :].sum(-1)).to_dict()
                 for name, a, b in (("per_token", _IMG, _INS), ("together", _ALL_IMG, _ALL_INS))
             },
-            "hypotheses": record(hypotheses),
+            "hypotheses": judged(hypotheses),
         }
 
     def verdict(self, summary: Mapping[str, Any]) -> str:
         """Which flow leads where, what images contribute, and whether the hypotheses hold."""
-        opening, counts, *hypotheses = told(summary)
         layers, leaders = summary["settings"]["examined"], summary["leaders"]
-        leads = [
-            f"- {flow}: {span(own) if (own := [int(n) for n, leader in leaders.items() if leader == flow]) else 'none'}"
-            for flow in ("visual-textual", "intra-visual", "neither")
-        ]
+        leads = []
+        for flow in ("visual-textual", "intra-visual", "neither"):
+            where = [int(layer) for layer, leader in leaders.items() if leader == flow]
+            leads.append(f"- {flow}: {in_words(where) if where else 'none'}")
         over = summary["takes_over"]
         shift = (
             f"Intra-visual flow takes over for good in layer {over}."
@@ -109,27 +108,41 @@ class ByLayer:
             else "Nowhere does intra-visual flow take over for good from visual-textual flow."
         )
         share = summary["image_to_instruction"]
-        rows = [
-            [str(layer), *(shown(summary["measures"][name][i]) for name in MEASURES), shown(summary["log_vt_vv"][i])]
-            for i, layer in enumerate(layers)
-        ]
+        columns = [*(summary["measures"][name] for name in MEASURES), summary["log_vt_vv"]]
+        rows = [[str(layer), *map(in_text, numbers)] for layer, *numbers in zip(layers, *columns, strict=True)]
         return (
             "\n\n".join(
                 [
-                    opening,
-                    counts,
+                    *opening(summary),
                     "## Which flow leads\n\nWhere the interval of log(S_vt / S_vv) leaves 0; the last layer is left "
                     "out, as nothing reads its image tokens:\n\n" + "\n".join(leads) + f"\n\n{shift}",
                     "## What images contribute\n\n"
-                    f"An image token's importance is {shown(share['per_token'], '.2%')} of an instruction token's "
+                    f"An image token's importance is {in_text(share['per_token'], '.2%')} of an instruction token's "
                     f"(S_img / S_ins over these layers); that of all image tokens together is "
-                    f"{shown(share['together'], '.1%')} of the instruction's.",
-                    *hypotheses,
+                    f"{in_text(share['together'], '.1%')} of the instruction's.",
+                    *judgements(summary),
                     "## By layer\n\n" + Table(["layer", *MEASURES, "log(S_vt / S_vv)"], rows).markdown().rstrip(),
                 ]
             )
             + "\n"
         )
+
+    def figures(self, summary: Mapping[str, Any], out: Path) -> list[str]:
+        """Draw Figures 2, 3 and 9."""
+        from vlmflow.figures.analysis import Curve, by_layer, lengths
+
+        layers, measures, title = summary["settings"]["examined"], summary["measures"], figure_title(summary)
+        contributions = {
+            "system tokens (S_sys)": "s_sys",
+            "image tokens (S_img)": "s_img",
+            "instruction tokens (S_ins)": "s_ins",
+        }
+        flows = {"visual-textual (S_vt)": "s_vt", "intra-visual (S_vv)": "s_vv"}
+        for stem, names in {"contributions": contributions, "flows": flows}.items():
+            curves = {label: Curve.of(measures[name]) for label, name in names.items()}
+            by_layer(out / stem, layers, curves, "importance (mean over samples)", f"{title}, 95 % intervals")
+        lengths(out / "lengths", summary["lengths"], title)
+        return ["contributions", "flows", "lengths"]
 
 
 def takes_over(leaders: Mapping[int, str]) -> int | None:
@@ -139,10 +152,10 @@ def takes_over(leaders: Mapping[int, str]) -> int | None:
     return None if before is None else min((layer for layer in after if layer > before), default=None)
 
 
-def _columns(finding: Finding) -> np.ndarray:
+def _columns(row: StudyRow) -> np.ndarray:
     """One sample's measures, then the sums over image and instruction tokens: (measure, layer)."""
-    values = np.array([finding.found[name] for name in MEASURES], float)  # None becomes nan
-    sums = [values[_IMG] * finding.lengths["image"], values[_INS] * finding.lengths["instruction"]]
+    values = np.array([row.found[name] for name in MEASURES], float)  # None becomes nan
+    sums = [values[_IMG] * row.lengths["image"], values[_INS] * row.lengths["instruction"]]
     return np.stack([*values, *sums])
 
 

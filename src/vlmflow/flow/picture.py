@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmflow.flow.layers import Layers, named_layers
+from vlmflow.flow.prediction import predict
 from vlmflow.flow.saliency import saliency
-from vlmflow.flow.study import encode
-from vlmflow.flow.verdict import named_layers
 from vlmflow.models import VLM, Question, patch_grids
 
 
@@ -22,24 +22,24 @@ class Patches:
     """
 
     token: str
-    layers: tuple[int, ...]
+    layers: Layers
     grids: list[tuple[int, int]]
     into_instruction: Float[Tensor, "layer image"]
     into_image: Float[Tensor, "layer image"]
 
 
-def patches(vlm: VLM, question: Question, layers: tuple[int, ...] = ()) -> Patches:
+def patches(vlm: VLM, question: Question, layers: Layers = ()) -> Patches:
     """Look at the prediction of a question's first answer token.
 
     Raises:
         ValueError: no image, a layer that the model has not, or a model whose image tokens form no grids.
     """
     layers = named_layers(layers, vlm.n_layers)
-    asked = encode(vlm, question, answer=None)
-    n_image = int(asked.layout.image.sum())
-    grids = patch_grids(dict(asked.inputs), vlm.model.config, n_image, len(question.images))
+    prediction = predict(vlm, question, answer=None)
+    n_image = int(prediction.layout.image.sum())
+    grids = patch_grids(dict(prediction.inputs), vlm.model.config, n_image, len(question.images))
     if grids is None:
         raise ValueError("no picture: this model's image tokens do not form one grid an image")
-    found = saliency(vlm.model, asked.inputs, asked.target)
+    found = saliency(vlm.model, prediction.inputs, prediction.target)
     flows = (found.patches(0, into)[list(layers)] for into in ("instruction", "image"))
-    return Patches(vlm.processor.tokenizer.decode([asked.target]), layers, grids, *flows)
+    return Patches(vlm.processor.tokenizer.decode([prediction.target]), layers, grids, *flows)

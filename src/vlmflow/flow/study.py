@@ -1,78 +1,71 @@
-"""Look at a task's samples one by one: drop those that need no image, write a row each, and sum up the rest."""
+"""A study of the flow: drop the samples that need no image, look at the others one by one, and sum up.
+
+A study is a job for `vlmflow.evaluate.runner`, as an evaluation is. What it looks at is an `Experiment`: a file of its
+own, and a line in `vlmflow.flow.table`.
+"""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from vlmflow.core.errors import typed_line
-from vlmflow.core.layout import SEGMENTS, Layout
+from vlmflow.core.layout import SEGMENTS
 from vlmflow.core.statistics import Resampled, clusters_of
-from vlmflow.engine import attach
-from vlmflow.evaluate.rows import Row
-from vlmflow.evaluate.runner import FAILURES_IN_A_ROW, Evaluation, Subject
-from vlmflow.flow.findings import Finding, findings_of
-from vlmflow.flow.target_tokens import likeliest, spellings
-from vlmflow.flow.verdict import numbers
+from vlmflow.evaluate.evaluation import settings_of
+from vlmflow.evaluate.model_facts import ModelFacts
+from vlmflow.evaluate.shards import Shard, open_shards
+from vlmflow.flow.prediction import Prediction, predict
+from vlmflow.flow.rows import StudyRow, study_rows_of
 from vlmflow.models import VLM, Question
-from vlmflow.pruners import Unpruned
-from vlmflow.records.files import RecordError, write_json, write_text
-from vlmflow.records.folder import SUMMARY, claim
+from vlmflow.records.files import RecordError, write_text
+from vlmflow.records.folder import Folder
 from vlmflow.tasks import Sample, Source, Task
 
 VERDICT = "verdict.md"
 GREY = (224, 224, 224)  # of a blank picture
 
-Progress = Callable[[int, int, Row | None], None]  # samples done, of how many, and which came; None to begin
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One prompt, encoded: what its model predicts next, and the token with which the right answer begins."""
-
-    inputs: Mapping[str, Any]
-    layout: Layout
-    logits: Float[Tensor, " vocab"]
-    target: int
-
 
 @runtime_checkable
 class Experiment(Protocol):
-    """What is looked at in every sample, and what is made of it."""
+    """What is looked at in every sample, and what is made of it.
 
-    @property
-    def name(self) -> str:
-        """Its name."""
-        ...
+    Experiments are frozen dataclasses. ``name`` is also the command's, ``vlmflow flow NAME``; the docstring's first
+    line is its help. Each field is an option: an int, float, str or ``Layers`` with a default, whose metadata has the
+    ``help``, and the ``option``'s name where it is not the field's.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    name: ClassVar[str]
 
     def settings(self, n_layers: int) -> dict[str, Any]:
-        """All that its numbers depend on.
+        """All that its numbers depend on, in JSON's own types.
 
         Raises:
             ValueError: what does not fit the model.
         """
         ...
 
-    def look(self, vlm: VLM, asked: Asked, seed: int) -> dict[str, Any]:
-        """A sample's numbers, in JSON's own types."""
+    def examine(self, vlm: VLM, prediction: Prediction, seed: int) -> dict[str, Any]:
+        """One sample's numbers, in JSON's own types."""
         ...
 
-    def sum_up(self, findings: Sequence[Finding], n_layers: int, seed: int) -> dict[str, Any]:
-        """The samples' numbers together."""
+    def sum_up(self, rows: Sequence[StudyRow], n_layers: int, seed: int) -> dict[str, Any]:
+        """The kept samples' numbers together, with the ``hypotheses``."""
         ...
 
     def verdict(self, summary: Mapping[str, Any]) -> str:
         """What they mean, in Markdown."""
+        ...
+
+    def figures(self, summary: Mapping[str, Any], out: Path) -> list[str]:
+        """Draw what they mean into a folder, as PNG and SVG; the files' names without ending."""
         ...
 
 
@@ -85,6 +78,7 @@ class Study:
     source: Source = field(default_factory=Source)
     limit: int | None = None
     seed: int = 0
+    row_type = StudyRow
 
     def samples(self) -> list[Sample]:
         """The samples that are looked at.
@@ -105,59 +99,90 @@ class Study:
                 )
         return samples
 
-    def settings(self, vlm: VLM, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All that the numbers depend on; two runs with the same settings give the same summary."""
-        asked = Evaluation(self.task, Unpruned(), source=self.source, limit=self.limit, seed=self.seed)
-        settings = asked.settings(Subject.of(vlm), samples)
-        shared = {name: value for name, value in settings.items() if not name.startswith("pruner")}
-        own = self.experiment.settings(vlm.n_layers)
-        return {"experiment": self.experiment.name, **own, "without_image": "blank picture", **shared}
+    def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
+        """All that the numbers depend on; two runs with the same settings give the same summary.
 
+        Raises:
+            ValueError: settings of the experiment that do not fit the model.
+        """
+        return {
+            "experiment": self.experiment.name,
+            **self.experiment.settings(facts.layers),
+            "without_image": "blank picture",
+            **settings_of(facts, self.task, self.source, samples, {}, limit=self.limit, seed=self.seed),
+        }
 
-def run(
-    vlm: VLM,
-    study: Study,
-    out: Path,
-    samples: Sequence[Sample] | None = None,
-    progress: Progress = lambda done, total, row: None,
-) -> dict[str, Any]:
-    """Look at a study's samples, one row each in a folder, or go on where a run with the same settings stopped.
+    def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[StudyRow]]:
+        """The wanted rows of each shard: blank pictures are asked about together, then each sample is looked at.
 
-    Samples are dropped if the model answers them rightly about a blank picture as well (see ``blank``). The summary
-    and the verdict are made from the rows in the folder alone. Samples that failed are tried again the next time.
+        Samples are dropped if the model answers them rightly about a blank picture as well (see ``blank``).
+        """
+        for batch in open_shards(shards, samples, self.task, None):
+            blank_answers, failures = batch.ask(partial(self._blank_answers, vlm))
+            yield [
+                self._row(vlm, sample, batch.questions[sample.id], blank_answers[sample.id])
+                if sample.id in blank_answers
+                else StudyRow(sample.id, _names(sample), failure=failures[sample.id])
+                for sample in batch.wanted
+            ]
 
-    Raises:
-        TaskError: what is wrong with the source.
-        RecordError: a sample without image or answer; the folder holds another run; all samples, or too many in a
-            row, have failed; or none is left. Rows stay.
-        ValueError: settings that do not fit the model.
-    """
-    samples = study.samples() if samples is None else samples
-    settings = study.settings(vlm, samples)
-    rows = findings_of(out)
-    with claim(out, settings) as folder:
-        known = {key for key, finding in rows.read().items() if finding.failure is None}
-        done, bad, start = len(known), 0, time.time()
-        progress(done, len(samples), None)
-        if done < len(samples):
-            (out / SUMMARY).unlink(missing_ok=True)  # it would not be that of the rows to come
-            folder.log({"event": "start", "time": start, "done": done, "device": str(vlm.model.device)})
-        for sample in samples:
-            if sample.id in known:
-                continue
-            finding = examine(vlm, study, sample)
-            rows.append([finding])
-            done, bad = done + 1, 0 if finding.failure is None else bad + 1
-            progress(done, len(samples), Row(sample, study.task.prompt(sample), failure=finding.failure))
-            if bad in (FAILURES_IN_A_ROW, len(samples)):
-                raise RecordError(f"{bad} samples in a row failed ({finding.failure}); the rows so far are in {out}")
-        if len(known) < len(samples):
-            folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
-        findings = rows.put_in_order([sample.id for sample in samples])
-        summary = sum_up(study, findings, folder.settings())
-        write_json(out / SUMMARY, summary)
-        write_text(out / VERDICT, study.experiment.verdict(summary))
-        return json.loads(json.dumps(summary))
+    def _blank_answers(self, vlm: VLM, samples: Sequence[Sample], questions: Sequence[Question]) -> list[str]:
+        blanks = [Question(question.text, blank(question.images)) for question in questions]
+        return [answer.text for answer in vlm.generate(vlm.encode(blanks), self.task.max_new_tokens)]
+
+    def _row(self, vlm: VLM, sample: Sample, question: Question, blank_answer: str) -> StudyRow:
+        """One sample's row; whatever goes wrong with it stands in the row."""
+        images = _names(sample)
+        try:
+            if self.task.outcome(sample, blank_answer).score == 1:
+                return StudyRow(sample.id, images, blank_answer, dropped=True)
+            prediction = predict(vlm, question, sample.answer)
+            return StudyRow(
+                id=sample.id,
+                images=images,
+                blank_answer=blank_answer,
+                target=prediction.target,
+                right=int(prediction.logits.argmax()) == prediction.target,
+                lengths={segment: len(prediction.layout.positions(segment)[0]) for segment in SEGMENTS},
+                found=self.experiment.examine(vlm, prediction, self.seed),
+            )
+        except Exception as error:  # too little memory, a token outside the vocabulary: one sample's loss
+            return StudyRow(sample.id, images, failure=typed_line(error))
+
+    def sum_up(self, folder: Folder, settings: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The summary of a folder's rows; the verdict is written beside it.
+
+        Raises:
+            RecordError: no row is left.
+        """
+        rows = list(study_rows_of(folder).read().values())
+        kept = [row for row in rows if row.kept]
+        dropped = sum(row.dropped for row in rows)
+        failed = {row.id: row.failure for row in rows if row.failure is not None}
+        if not kept:
+            reason = f" ({next(iter(failed.values()))})" if failed else ""
+            raise RecordError(
+                f"no sample is left: {dropped} of {len(rows)} were answered right about a blank picture as well, "
+                f"{len(failed)} failed{reason}; take more samples, or others"
+            )
+        images = clusters_of([row.images for row in kept])
+        right = Resampled.means(np.array([float(row.right) for row in kept]), images, self.seed)
+        summary = {
+            "settings": settings,
+            "samples": {
+                "asked": len(rows),
+                "dropped": dropped,
+                "failed": len(failed),
+                "kept": len(kept),
+                "images": len({row.images for row in kept}),
+            },
+            "failed": failed,
+            "right": right.interval(lambda mean: mean).to_dict(),
+            "lengths": {segment: [row.lengths[segment] for row in kept] for segment in SEGMENTS},
+            **self.experiment.sum_up(kept, facts.layers, self.seed),
+        }
+        write_text(folder.path / VERDICT, self.experiment.verdict(summary))
+        return summary
 
 
 def blank(images: Sequence[Image.Image]) -> tuple[Image.Image, ...]:
@@ -170,74 +195,6 @@ def blank(images: Sequence[Image.Image]) -> tuple[Image.Image, ...]:
     return tuple(Image.new("RGB", image.size, GREY) for image in images)
 
 
-def examine(vlm: VLM, study: Study, sample: Sample) -> Finding:
-    """One sample's row; whatever goes wrong with it stands in the row."""
-    task, names = study.task, tuple(picture.name for picture in sample.images)
-    try:
-        images, prompt = tuple(picture.open() for picture in sample.images), task.prompt(sample)
-        (said,) = vlm.generate(vlm.encode([Question(prompt, blank(images))]), task.max_new_tokens)
-        if task.outcome(sample, said.text).score == 1:
-            return Finding(sample.id, names, said.text, dropped=True)
-        asked = encode(vlm, Question(prompt, images), sample.answer)
-        return Finding(
-            id=sample.id,
-            images=names,
-            blank_answer=said.text,
-            target=asked.target,
-            right=int(asked.logits.argmax()) == asked.target,
-            lengths={segment: len(asked.layout.positions(segment)[0]) for segment in SEGMENTS},
-            found=study.experiment.look(vlm, asked, study.seed),
-        )
-    except Exception as error:  # a broken image, too little memory, a token outside the vocabulary: one sample's loss
-        return Finding(sample.id, names, failure=typed_line(error))
-
-
-@torch.no_grad()
-def encode(vlm: VLM, question: Question, answer: str | None) -> Asked:
-    """A prompt with its prediction; the target is how the model would begin ``answer``, or its own if None.
-
-    Raises:
-        ValueError: no token spells the answer, or one outside the vocabulary does.
-    """
-    inputs = vlm.encode([question])
-    with attach(vlm.model) as trace:
-        logits = vlm.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        layout = trace.layout
-    if answer is None:
-        return Asked(inputs, layout, logits, int(logits.argmax()))
-    tokenizer = vlm.processor.tokenizer
-    end = tokenizer.decode(inputs["input_ids"][0][layout.question[0]])  # an answer's spelling hangs on no more
-    return Asked(inputs, layout, logits, likeliest(spellings(tokenizer, end, answer), logits)[0])
-
-
-def sum_up(study: Study, findings: Sequence[Finding], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows together.
-
-    Raises:
-        RecordError: none is left.
-    """
-    kept = [finding for finding in findings if finding.kept]
-    dropped = sum(finding.dropped for finding in findings)
-    failed = {finding.id: finding.failure for finding in findings if finding.failure is not None}
-    if not kept:
-        reason = f" ({next(iter(failed.values()))})" if failed else ""
-        raise RecordError(
-            f"no sample is left: {dropped} of {len(findings)} were answered right about a blank picture as well, "
-            f"{len(failed)} failed{reason}; take more samples, or others"
-        )
-    images = clusters_of([finding.images for finding in kept])
-    right = Resampled.means(np.array([float(finding.right) for finding in kept]), images, study.seed)
-    return {
-        "settings": settings,
-        "samples": {
-            "asked": len(findings),
-            "dropped": dropped,
-            "failed": len(failed),
-            "kept": len(kept),
-            "images": len({finding.images for finding in kept}),
-        },
-        "failed": failed,
-        "right": numbers(right.interval(lambda mean: mean)),
-        "lengths": {segment: [finding.lengths[segment] for finding in kept] for segment in SEGMENTS},
-        **study.experiment.sum_up(kept, settings["layers"], study.seed),
-    }
+def _names(sample: Sample) -> tuple[str, ...]:
+    """The names of a sample's images; samples of the same ones are not independent."""
+    return tuple(picture.name for picture in sample.images)

@@ -69,26 +69,26 @@ def answers_of(
     """
     ids = inputs.get("input_ids")
     if ids is None:
-        raise ValueError("saliency: inputs hold no input_ids, by which image tokens are known; pass them")
+        raise ValueError("inputs hold no input_ids, by which image tokens are known; pass them")
     batch = ids.shape[0]
     if isinstance(target, Tensor):
         target = target.tolist()
     if (text := _text_in(target)) is not None:
         raise ValueError(
-            f"saliency: target must be token ids, got the text {text!r}; take those of likeliest(spellings(tokenizer, "
+            f"target must be token ids, got the text {text!r}; take those of likeliest(spellings(tokenizer, "
             f"prompt, {text!r}), logits)"
         )
     each = [target] * batch if isinstance(target, int) else list(target)
     if len(each) != batch:
-        raise ValueError(f"saliency: target has {len(each)} answers for a batch of {batch}; give one for each sample")
+        raise ValueError(f"target has {len(each)} answers for a batch of {batch}; give one for each sample")
     answers = [(answer,) if isinstance(answer, int) else tuple(map(int, answer)) for answer in each]
     for sample, answer in enumerate(answers):
         if not answer:
-            raise ValueError(f"saliency: the answer of sample {sample} has no token; leave the sample out")
+            raise ValueError(f"target: the answer of sample {sample} has no token; leave the sample out")
         for token in answer:
             if not 0 <= token < vocabulary:
                 raise ValueError(
-                    f"saliency: the answer of sample {sample} has token {token}, outside the vocabulary of "
+                    f"target: the answer of sample {sample} has token {token}, outside the vocabulary of "
                     f"{vocabulary}; encode it with the model's own tokenizer"
                 )
     return [answer[:1] for answer in answers] if first_only else answers
@@ -113,12 +113,14 @@ def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], answer_t
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask[..., -1].all()):
-        raise ValueError("saliency: prompts are padded on the right; pad on the left, where they end together")
+        raise ValueError("inputs are padded on the right; pad on the left, where prompts end together")
     more = max(map(len, answers)) - 1
     if not more:
         return dict(inputs)
     if inputs.get("position_ids") is not None:
-        raise ValueError("saliency: the answer needs positions as well; leave position_ids out, or use over='first'")
+        raise ValueError(
+            "inputs give positions, of which the answer has none; leave position_ids out, or use over='first'"
+        )
     filled = [[*answer[:-1], *[answer[0]] * (more + 1 - len(answer))] for answer in answers]
     real = [[1] * (len(answer) - 1) + [0] * (more + 1 - len(answer)) for answer in answers]
     extended = dict(inputs)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from vlmflow.core.statistics import Resampled, clusters_of, log_ratio
-from vlmflow.engine import attach
-from vlmflow.flow.consistency import label_consistency, score_consistency
-from vlmflow.flow.findings import Finding
-from vlmflow.flow.knockout import Knockout, random_positions
-from vlmflow.flow.study import Asked
-from vlmflow.flow.verdict import Claim, halves, named_layers, numbers, record, shown, span, told
-from vlmflow.models import VLM
+from vlmflow.flow.hypotheses import Claim, judged
+from vlmflow.flow.layers import Layers, halves, in_words, named_layers
+from vlmflow.flow.rows import StudyRow
+from vlmflow.flow.verdict import figure_title, in_text, judgements, opening
 from vlmflow.records.table import Table
 
-Layers = tuple[int, ...]
+if TYPE_CHECKING:
+    from vlmflow.flow.prediction import Prediction
+    from vlmflow.models import VLM
+
 Condition = tuple[str, Layers]  # a path of PATHS, and where it is blocked
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -37,14 +35,17 @@ _WHOLE = 0  # column of what is not disturbed
 
 @dataclass(frozen=True)
 class ByWindow:
-    """Consistency under knock-outs: of both flows in windows of ``width`` layers, and at the model's two ends.
+    """What the prediction loses when a flow is blocked in some layers (Eq. 7, Figures 4 and 5).
 
-    ``layers`` are cut into windows, all if none is named; the last one may be narrower.
+    Both flows are blocked in windows of ``width`` layers, and at the model's two ends. ``layers`` are cut into windows,
+    all if none is named; the last one may be narrower.
     """
 
-    layers: Layers = ()
-    width: int = 2
-    name = "knockout"
+    layers: Layers = field(default=(), metadata={"help": "Layers, as 0-4,8; default: all."})
+    width: int = field(
+        default=2, metadata={"help": "How many layers are blocked together: 1, 2 or 5.", "option": "--windows"}
+    )
+    name: ClassVar[str] = "knockout"
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The windows, the ends, and how flow is blocked.
@@ -72,77 +73,101 @@ class ByWindow:
         in_windows = [(path, window) for window in self.windows(n_layers) for path in (_VT, _VV)]
         return list(dict.fromkeys(at_ends + in_windows))
 
-    def look(self, vlm: VLM, asked: Asked, seed: int) -> dict[str, Any]:
+    def examine(self, vlm: VLM, prediction: Prediction, seed: int) -> dict[str, Any]:
         """What each condition leaves of one sample's prediction, by each measure."""
+        from vlmflow.engine import attach
+        from vlmflow.flow.consistency import label_consistency, score_consistency
+        from vlmflow.flow.knockout import Knockout, random_positions
+        from vlmflow.flow.prediction import next_token
+
+        before, drawn = prediction.logits, random_positions(prediction.layout, seed=seed)
+        targets = {_VT: "instruction", _VV: "image", _RANDOM: drawn}
         blocked = {}
         for path, layers in self.conditions(vlm.n_layers):
-            logits = _blocked(vlm, asked, path, layers, seed)
+            with attach(vlm.model, taps=[Knockout("image", targets[path], layers)]):
+                after = next_token(vlm, prediction.inputs)
+            likeliest = int(after.argmax())
             blocked[_key(path, layers)] = {
-                "score": float(score_consistency(asked.logits[None], logits[None])[0]),
-                "label": float(label_consistency([int(asked.logits.argmax())], [int(logits.argmax())])[0]),
-                "right": float(int(logits.argmax()) == asked.target),
+                "score": float(score_consistency(before[None], after[None])[0]),
+                "label": float(label_consistency([int(before.argmax())], [likeliest])[0]),
+                "right": float(likeliest == prediction.target),
             }
         return {"blocked": blocked}
 
-    def sum_up(self, findings: Sequence[Finding], n_layers: int, seed: int) -> dict[str, Any]:
+    def sum_up(self, rows: Sequence[StudyRow], n_layers: int, seed: int) -> dict[str, Any]:
         """Means, E and D by each measure, and the paper's hypotheses by score consistency."""
         conditions, windows, both_ends = self.conditions(n_layers), self.windows(n_layers), ends(n_layers)
-        values = np.stack([_columns(finding, conditions) for finding in findings])
-        means = Resampled.means(values, clusters_of([finding.images for finding in findings]), seed)
+        values = np.stack([_columns(row, conditions) for row in rows])
+        means = Resampled.means(values, clusters_of([row.images for row in rows]), seed)
         columns = _Columns(conditions)
         return {
             "consistency": {
                 measure: {
-                    path: [numbers(means.interval(partial(columns.left, n, path, end))) for end in both_ends]
+                    path: [means.interval(partial(columns.left, n, path, end)).to_dict() for end in both_ends]
                     for path in (_VT, _RANDOM)
                 }
                 for n, measure in enumerate(MEASURES)
             },
             "lost": {
                 measure: {
-                    path: [numbers(means.interval(partial(columns.lost, n, path, [own]))) for own in windows]
+                    path: [means.interval(partial(columns.lost, n, path, [window])).to_dict() for window in windows]
                     for path in (_VT, _VV)
                 }
                 for n, measure in enumerate(MEASURES)
             },
             "log_vv_vt": {
-                measure: [numbers(means.interval(partial(columns.ratio, n, [own]))) for own in windows]
+                measure: [means.interval(partial(columns.ratio, n, [window])).to_dict() for window in windows]
                 for n, measure in enumerate(MEASURES)
             },
-            "hypotheses": record(_claims(means, columns, windows, n_layers)),
+            "hypotheses": judged(_claims(means, columns, windows, n_layers)),
         }
 
     def verdict(self, summary: Mapping[str, Any]) -> str:
         """What blocking costs where, and whether the hypotheses hold."""
-        opening, counts, *hypotheses = told(summary)
-        first, last = (span(end) for end in summary["settings"]["ends"])
+        first, last = (in_words(end) for end in summary["settings"]["ends"])
+        right = in_text(summary["right"])
         left = [
-            [measure, path, *map(shown, summary["consistency"][measure][path])]
+            [measure, path, *map(in_text, summary["consistency"][measure][path])]
             for measure in MEASURES
             for path in (_VT, _RANDOM)
         ]
         lost, ratio = summary["lost"], summary["log_vv_vt"]
         by_window = [
             [
-                span(window).partition(" ")[2],
-                *(shown(lost[measure][path][i]) for measure in ("score", "label") for path in (_VV, _VT)),
-                *(shown(ratio[measure][i]) for measure in MEASURES),
+                in_words(window).partition(" ")[2],
+                *(in_text(lost[measure][path][i]) for measure in ("score", "label") for path in (_VV, _VT)),
+                *(in_text(ratio[measure][i]) for measure in MEASURES),
             ]
             for i, window in enumerate(summary["settings"]["examined"])
         ]
         header = ["layers", *(f"E_{n} ({m})" for m in ("score", "label") for n in ("vv", "vt"))]
         parts = [
-            opening,
-            counts,
-            *hypotheses,
+            *opening(summary),
+            *judgements(summary),
             "## What is left when a flow is blocked\n\n"
             "score: Jaccard similarity of the five likeliest next tokens; label: the likeliest stays; right: the "
-            f"likeliest begins the right answer, which without a disturbance it does for {shown(summary['right'])}.\n\n"
+            f"likeliest begins the right answer, which without a disturbance it does for {right}.\n\n"
             + Table(["measure", "flow", first, last], left).markdown().rstrip(),
             "## By window\n\nE is what is lost, D = log(E_vv / E_vt).\n\n"
             + Table([*header, *(f"D ({measure})" for measure in MEASURES)], by_window).markdown().rstrip(),
         ]
         return "\n\n".join(parts) + "\n"
+
+    def figures(self, summary: Mapping[str, Any], out: Path) -> list[str]:
+        """Draw Figures 4 and 5."""
+        from vlmflow.figures.analysis import Curve, consistencies, log_ratios
+
+        settings, kept, title = summary["settings"], summary["consistency"], f"{figure_title(summary)}, 95 % intervals"
+        panels = {
+            f"{measure} consistency": {f"{path} flow": Curve.of(left) for path, left in kept[measure].items()}
+            for measure in ("label", "score")
+        }
+        first, last = (len(end) for end in settings["ends"])
+        consistencies(out / "consistency", [f"first {first} layers", f"last {last} layers"], panels, title)
+        lost = {f"{path} flow": Curve.of(by_window) for path, by_window in summary["lost"]["score"].items()}
+        places = ["-".join(map(str, dict.fromkeys((window[0], window[-1])))) for window in settings["examined"]]
+        log_ratios(out / "windows", places, lost, Curve.of(summary["log_vv_vt"]["score"]), title)
+        return ["consistency", "windows"]
 
 
 def ends(n_layers: int) -> list[Layers]:
@@ -151,25 +176,16 @@ def ends(n_layers: int) -> list[Layers]:
     return [tuple(range(count)), tuple(range(n_layers - count, n_layers))]
 
 
-@torch.no_grad()
-def _blocked(vlm: VLM, asked: Asked, path: str, layers: Layers, seed: int) -> Float[Tensor, " vocab"]:
-    """The prediction with a path blocked."""
-    targets = {_VT: "instruction", _VV: "image"}
-    target = targets[path] if path in targets else random_positions(asked.layout, seed=seed)
-    with attach(vlm.model, taps=[Knockout("image", target, layers)]):
-        return vlm.model(**asked.inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-
-
 def _key(path: str, layers: Layers) -> str:
     """A condition's name in a row."""
     return f"{path} {','.join(map(str, layers))}"
 
 
-def _columns(finding: Finding, conditions: Sequence[Condition]) -> np.ndarray:
+def _columns(row: StudyRow, conditions: Sequence[Condition]) -> np.ndarray:
     """One sample's (measure, column): undisturbed, then each condition."""
-    blocked = [finding.found["blocked"][_key(*condition)] for condition in conditions]
-    whole = {"score": 1.0, "label": 1.0, "right": float(finding.right)}
-    return np.array([[whole[measure], *(own[measure] for own in blocked)] for measure in MEASURES])
+    blocked = [row.found["blocked"][_key(*condition)] for condition in conditions]
+    whole = {"score": 1.0, "label": 1.0, "right": float(row.right)}
+    return np.array([[whole[measure], *(left[measure] for left in blocked)] for measure in MEASURES])
 
 
 class _Columns:
@@ -198,6 +214,7 @@ def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_la
     Nothing reads the image tokens of the last layer: a window of that layer alone says nothing of intra-visual flow.
     """
     first, last = ends(n_layers)
+    in_first, in_last = in_words(first), in_words(last)
     shallow, deep = ([windows[i] for i in half] for half in halves(len(windows)))
     deep = [window for window in deep if window != (n_layers - 1,)]
 
@@ -213,12 +230,12 @@ def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_la
     hypotheses = {
         "H1": [
             claim(
-                f"blocking visual-textual flow in {span(last)} leaves more score consistency than in {span(first)}",
+                f"blocking visual-textual flow in {in_last} leaves more score consistency than in {in_first}",
                 left(_VT, last),
                 left(_VT, first),
             ),
             claim(
-                f"in {span(first)}, blocking flow to random tokens leaves more than blocking visual-textual flow",
+                f"in {in_first}, blocking flow to random tokens leaves more than blocking visual-textual flow",
                 left(_RANDOM, first),
                 left(_VT, first),
             ),
@@ -226,7 +243,7 @@ def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_la
         "H2": [],
     }
     if deep:
-        upper, lower = (span([layer for window in part for layer in window]) for part in (shallow, deep))
+        upper, lower = (in_words([layer for window in part for layer in window]) for part in (shallow, deep))
         hypotheses["H2"] = [
             Claim(f"D is above 0 in {lower}", means.interval(ratio(deep))),
             claim(f"D is larger in {lower} than in {upper}", ratio(deep), ratio(shallow)),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from vlmflow.records.files import RecordError, read_json, write_json, write_text
 
@@ -22,19 +22,34 @@ try:
 except ImportError:  # no such lock on Windows
     fcntl = None
 
-T = TypeVar("T")
 SETTINGS, ROWS, SUMMARY, LOG, VERDICTS = "settings.json", "rows.jsonl", "summary.json", "log.jsonl", "verdicts.json"
 
 
+@runtime_checkable
+class FileRow(Protocol):
+    """A row that a file can hold."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in JSON's own types, among them its sample's ``id``."""
+        ...
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Any:
+        """The row that ``to_dict`` wrote."""
+        ...
+
+
+R = TypeVar("R", bound=FileRow)
+
+
 @dataclass(frozen=True)
-class RowFile(Generic[T]):
-    """A file of JSON objects, one a line and sample, by the sample's ``id``; of two the later counts."""
+class RowFile(Generic[R]):
+    """A file of rows, one JSON object a line and sample, by the sample's ``id``; of two the later counts."""
 
     path: Path
-    to_record: Callable[[T], Mapping[str, Any]]
-    from_record: Callable[[Mapping[str, Any]], T]
+    row_type: type[R]
 
-    def read(self) -> dict[str, T]:
+    def read(self) -> dict[str, R]:
         """The rows by sample id; a last line without its end is none.
 
         Raises:
@@ -42,11 +57,11 @@ class RowFile(Generic[T]):
         """
         if not self.path.is_file():
             return {}
-        rows: dict[str, T] = {}
+        rows: dict[str, R] = {}
         for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 record = json.loads(line)
-                rows[record["id"]] = self.from_record(record)
+                rows[record["id"]] = self.row_type.from_dict(record)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise RecordError(
                     f"{self.path}, line {number}: not a row of this kind of run; take the line out, and its sample is "
@@ -54,14 +69,14 @@ class RowFile(Generic[T]):
                 ) from None
         return rows
 
-    def append(self, rows: Iterable[T]) -> None:
+    def append(self, rows: Iterable[R]) -> None:
         """Write rows so that a killed process, or machine, has lost at most those of one call."""
         with self.path.open("ab") as file:
             file.write(self._text(rows).encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def put_in_order(self, ids: Sequence[str]) -> list[T]:
+    def put_in_order(self, ids: Sequence[str]) -> list[R]:
         """The rows in the samples' order, one a sample; so they stand in the file from now on."""
         rows = self.read()
         ordered = [rows[key] for key in ids]
@@ -70,8 +85,8 @@ class RowFile(Generic[T]):
             write_text(self.path, self._text(ordered))
         return ordered
 
-    def _text(self, rows: Iterable[T]) -> str:
-        return "".join(json.dumps(self.to_record(row), ensure_ascii=False) + "\n" for row in rows)
+    def _text(self, rows: Iterable[R]) -> str:
+        return "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,16 @@
-"""One row a sample, kept in a result folder as evaluations keep theirs."""
+"""A study's rows: what was found of each sample."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vlmflow.records.folder import ROWS, RowFile
+from vlmflow.records.folder import ROWS, Folder, RowFile
 
 
 @dataclass(frozen=True)
-class Finding:
+class StudyRow:
     """What was found of one sample.
 
     ``blank_answer`` is what the model said to a blank picture; where that was right, the sample is ``dropped`` and
@@ -35,13 +34,17 @@ class Finding:
         """Whether it counts."""
         return not self.dropped and self.failure is None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The row in JSON's own types."""
+        return asdict(self)
+
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Finding:
-        """The finding that a row holds."""
+    def from_dict(cls, record: Mapping[str, Any]) -> StudyRow:
+        """The row that ``to_dict`` wrote."""
         fields: dict[str, Any] = {**record, "images": tuple(record["images"])}
         return cls(**fields)
 
 
-def findings_of(folder: Path) -> RowFile[Finding]:
-    """The rows of an experiment's folder."""
-    return RowFile(folder / ROWS, asdict, Finding.from_record)
+def study_rows_of(folder: Folder) -> RowFile[StudyRow]:
+    """A study's rows."""
+    return RowFile(folder.path / ROWS, StudyRow)
