@@ -65,6 +65,10 @@ class Geometry:
     def from_config(cls, config: Any) -> Geometry:
         """Read the geometry of a Hugging Face config, multimodal or text only.
 
+        >>> from transformers import LlavaConfig
+        >>> Geometry.from_config(LlavaConfig()).vision.image_tokens
+        576
+
         Raises: ValueError where the family is not known or the config lacks an attribute.
         """
         from vlmflow.core.families import geometry_of  # families are made of readers that know this class

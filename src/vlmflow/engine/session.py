@@ -34,6 +34,12 @@ def attach(model: nn.Module, pruner: Pruner = Unpruned(), taps: Sequence[Tap] = 
     tokens. Without a pruner only the trace is kept. Prefill is pruned once; with ``use_cache=False`` generation
     re-reads its whole text each step, and ranks anew each time. ``taps`` take part in the attention of their layers.
 
+    >>> session = attach(model, FastV(k=2, ratio=0.75))
+    >>> output = model.generate(**inputs, max_new_tokens=4)
+    >>> session.trace.image_tokens[0], session.trace.image_tokens[2]
+    ((576,), (144,))
+    >>> session.detach()
+
     Raises:
         TypeError: not a transformers image-text-to-text model that the engine can serve.
         ValueError: a state or a pruner that does not fit, or a model that already has a session.
@@ -42,7 +48,13 @@ def attach(model: nn.Module, pruner: Pruner = Unpruned(), taps: Sequence[Tap] = 
 
 
 def prune(model: nn.Module, pruner: Pruner) -> Session:
-    """``attach`` with a pruner: ``with prune(model, HiMAP()) as trace: model.generate(**inputs)``."""
+    """``attach`` with a pruner, for a ``with`` block that gives its ``Trace``.
+
+    >>> with prune(model, HiMAP()) as trace:
+    ...     output = model.generate(**inputs, max_new_tokens=4)
+    >>> trace.image_tokens[8]  # of the one sample
+    (72,)
+    """
     return Session(model, pruner, ())
 
 

@@ -28,7 +28,12 @@ _underway: dict[int, list[Knockout]] = {}  # by the identity of a call's query t
 class Knockout:
     """Blocks attention from ``source`` (keys) to ``target`` (queries) in exactly the named ``layers``.
 
-    A tap: ``with attach(model, pruner, taps=[Knockout("image", "instruction", range(5))]): model.generate(...)``.
+    It is a tap of ``attach``:
+
+    >>> with attach(model, taps=[Knockout("image", "instruction", layers=range(5))]):
+    ...     output = model.generate(**inputs, max_new_tokens=4)
+    >>> processor.decode(output[0, -2:], skip_special_tokens=True)  # it says green where nothing is blocked
+    ' none'
 
     ``source`` and ``target`` are a segment (``system``, ``image``, ``instruction``), ``all``, or positions: one
     sequence for each row of the batch, counted as ``Trace.kept`` counts them, from the left of the padded prompt.

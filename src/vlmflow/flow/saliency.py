@@ -140,6 +140,11 @@ def saliency(
     recomputes each layer in the backward pass instead of keeping its activations (its q, k and v stay). A float16
     model's gradients may vanish: ``loss_scale`` multiplies L before the backward pass and divides after.
 
+    >>> answer = int(model(**inputs).logits[0, -1].argmax())
+    >>> found = saliency(model, inputs, target=answer)
+    >>> bool(found.s_img[0] > found.s_img[-1])  # image tokens matter in the first layer more than in the last
+    True
+
     How: A only feeds O = A V, so dL/dA = dL/dO V^T. The model's own kernel runs; a hook on its output gets dL/dO in
     the backward pass and, a few query rows at a time, computes A and dL/dA of all heads anew, reduces, and forgets.
     Memory grows linearly with the prompt, if the kernel's does: load with sdpa or flash attention, not eager. No

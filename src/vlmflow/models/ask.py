@@ -58,6 +58,14 @@ def ask(
 
     ``inputs`` is what ``vlm.encode`` makes of the questions, where that is at hand: several methods, one encoding.
 
+    >>> from vlmflow import HiMAP
+    >>> from vlmflow.models import load, open_image
+    >>> from vlmflow.pico import samples
+    >>> question = Question("What color is the rook?", (open_image(samples()[0].image),))
+    >>> (run,) = ask(load("pico"), [question], HiMAP(), max_new_tokens=4)
+    >>> run.answer.text, run.steps
+    ('green', '576→288→72')
+
     Raises:
         ValueError: a pruner or model that do not fit (see ``attach``).
     """

@@ -35,6 +35,9 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     goes, by default the first accelerator, else the CPU; ``auto`` spreads its layers over all accelerators and, what
     they cannot hold, over the CPU's memory, as accelerate sees fit.
 
+    >>> load("pico").n_layers
+    10
+
     Raises:
         ModelError: it cannot be found, has no weights or broken ones, is no image-text-to-text model, or cannot go to
             the device.
