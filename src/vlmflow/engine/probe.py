@@ -24,9 +24,10 @@ from vlmflow.core.attention import Scoring
 Kernel = Callable[..., tuple[Tensor, Any]]
 
 _SCORING = {"scaling", "softcap", "position_bias", "s_aux"}  # keyword arguments that make attention what it is
-_NO_SCORING = {  # those that do not, or that the mask says as well
+_NO_SCORING = {  # those that do not, that the mask says as well, or that the models around hand down
     *("dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "position_embeddings", "layer_idx"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch"),
+    *("logits_to_keep", "image_sizes", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "token_type_ids"),
 }
 
 
@@ -54,7 +55,7 @@ class KernelCall:
             ValueError: an option that may change it, and is not known.
         """
         for name, value in self.options.items():
-            if name not in _SCORING and name not in _NO_SCORING and value is not None and not isinstance(value, bool):
+            if name not in _SCORING and name not in _NO_SCORING and isinstance(value, Tensor | float):
                 raise ValueError(
                     f"vlmflow: the attention kernel is given {name!r}, which may change what tokens attend to in a way "
                     "that the ranking does not know; this model cannot be pruned or watched"

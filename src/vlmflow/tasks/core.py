@@ -293,7 +293,8 @@ def by_group(outcomes: Sequence[Outcome], scores: np.ndarray) -> dict[str, Any]:
 
 def _images(outcomes: Sequence[Outcome]) -> np.ndarray:
     """A number for each outcome's images: what the bootstrap draws, as questions about one image go together."""
-    return clusters_of([tuple(picture.name for picture in outcome.sample.images) for outcome in outcomes])
+    samples = [outcome.sample for outcome in outcomes]
+    return clusters_of([tuple(picture.name for picture in sample.images) or sample.id for sample in samples])
 
 
 def _known(task: Task, what: str, choices: Mapping[str, object], name: str | None) -> str:

@@ -14,7 +14,8 @@ from vlmflow.tasks.sources import Source, read_lines
 def load(source: Source) -> Iterator[Sample]:
     """A JSON Lines file with the fields
 
-    - ``image``: a file name or a list of them, in ``images`` or else beside the file (or an absolute path);
+    - ``image``: a file name or a list of them, in ``images`` or else beside the file (or an absolute path); an empty
+      list for a question about no image;
     - ``question``;
     - ``answer``: the right answer, or a list of accepted ones; with choices a letter or a choice's text;
     - ``choices`` (optional): a list of texts, which makes the question multiple choice;
@@ -24,7 +25,8 @@ def load(source: Source) -> Iterator[Sample]:
         raise TaskError("jsonl: needs the path of a JSON Lines file")
     folder = source.images or source.path.parent
     for number, row in enumerate(read_lines(source.path)):
-        images = tuple(row.image_in([folder], name) for name in row.texts("image"))
+        names = row.texts("image") if row.fields.get("image") != [] else ()
+        images = tuple(row.image_in([folder], name) for name in names)
         choices = row.choices() if "choices" in row.fields else ()
         accepted = row.texts("answer")
         answer = accepted[0]
