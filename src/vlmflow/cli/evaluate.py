@@ -54,7 +54,7 @@ def evaluate(
     out_dir: OutOption,
     model: ModelOption = "pico",
     pruner: PrunerOptions,
-    asking: RunOptions,
+    run: RunOptions,
     source: SourceOptions,
     judge: JudgeOptions,
     loading: LoadingOptions,
@@ -72,15 +72,15 @@ def evaluate(
         fleet = launcher.fleet()
         where = source.source()
         check_folder("--out", out_dir)
-        samples = asking.samples(chosen, where)
+        samples = run.samples(chosen, where)
     from vlmflow.evaluate.launch import launch
     from vlmflow.evaluate.runner import mark, write_requests
 
     with refusals(), stoppable(), bars() as progress, launch(model, loading.device, loading.dtype, fleet) as launched:
         method, origin = for_task(pruner.pruner, settings, chosen.preset, launched.layers)
-        evaluation = asking.evaluation(chosen, where, method, origin)
+        evaluation = run.evaluation(chosen, where, method, origin)
         follow = show(progress, f"{task} {method.name}")
-        summary = launched.run(evaluation, out_dir, batch_size=asking.batch_size, samples=samples, progress=follow)
+        summary = launched.run(evaluation, out_dir, batch_size=run.batch_size, samples=samples, progress=follow)
     if summary is None:
         return  # torchrun's first process has it
     with refusals(), stoppable():
@@ -107,7 +107,7 @@ def sweep(
     budgets: Annotated[
         str, typer.Option(help="Mean image tokens entering a layer, as shares of all, with commas between.")
     ] = "0.5,0.33,0.2",
-    asking: RunOptions,
+    run: RunOptions,
     source: SourceOptions,
     loading: LoadingOptions,
     json_: JsonOption = False,
@@ -123,21 +123,21 @@ def sweep(
             raise ValueError("sweep runs in one process; under torchrun evaluate its methods one by one with eval")
         where = source.source()
         check_folder("--out", out_dir)
-        samples = asking.samples(chosen, where)
+        samples = run.samples(chosen, where)
     from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
 
     with refusals(), stoppable():
         vlm = loading.load(model)
         cells = plan(methods, shares, vlm.n_layers, chosen.preset)
-        evaluation = asking.evaluation(chosen, where, Unpruned(), "")
+        evaluation = run.evaluation(chosen, where, Unpruned(), "")
         with bars() as progress:
 
             def follow(number: int, cell: Cell) -> Progress:
                 return show(progress, f"{cell.folder} ({number + 1}/{len(cells)})")
 
             lines = evaluate_cells(
-                vlm, evaluation, cells, out_dir, samples=samples, batch_size=asking.batch_size, progress=follow
+                vlm, evaluation, cells, out_dir, samples=samples, batch_size=run.batch_size, progress=follow
             )
         print_table(sweep_grid(lines, chosen.title, wide=False))
         for line in lines:

@@ -24,7 +24,7 @@ def refusals() -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"  # without the number and the quotes
+            text = f"{error.filename2 or error.filename}: {error.strerror}"  # without the number and the quotes
         typer.echo(f"vlmflow: {' '.join(text.removeprefix('vlmflow: ').split())}", err=True)
         raise typer.Exit(2) from error
 
