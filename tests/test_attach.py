@@ -127,27 +127,27 @@ class TestLeavesNothing:
         small, seen = tiny.build("qwen3_vl"), {}
         batch, text = small.collate(small.samples), small.model.model.language_model
 
-        def note(module, args, kwargs):
-            features = kwargs.get("deepstack_visual_embeds") or []
-            for name, values in {
-                "cache": [kwargs["past_key_values"], *kwargs["past_key_values"].layers],
-                "mask": [] if module is text else [kwargs["attention_mask"]],
-                "feature": features,
-            }.items():
-                seen.setdefault(name, []).extend(map(weakref.ref, values))
+        def note(name, values):
+            seen.setdefault(name, []).extend(map(weakref.ref, values))
 
-        handles = [text.register_forward_pre_hook(note, with_kwargs=True)]
+        def note_text(module, args, kwargs):
+            note("feature", kwargs.get("deepstack_visual_embeds") or [])
+
+        def note_layer(module, args, kwargs):
+            note("mask", [kwargs["attention_mask"]])
+            note("cache", [kwargs["past_key_values"], *kwargs["past_key_values"].layers])
+
+        handles = [text.register_forward_pre_hook(note_text, with_kwargs=True)]
         with prune(small.model, pruner) as trace:
-            handles += [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in text.layers]
+            handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in text.layers]
             out = small.model.generate(**batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
-            seen["slots"] = [weakref.ref(layer.vlmflow_slots) for layer in out.past_key_values.layers[-2:]]
+            note("slots", [layer.vlmflow_slots for layer in out.past_key_values.layers[-2:]])
         for handle in handles:
             handle.remove()
         del out
         gc.collect()
-        assert {name: any(ref() is not None for ref in refs) for name, refs in seen.items()} == dict.fromkeys(
-            ("cache", "mask", "feature", "slots"), False
-        )
+        assert all(seen[name] for name in ("feature", "mask", "cache", "slots"))
+        assert [name for name, refs in seen.items() if any(ref() is not None for ref in refs)] == []
         assert [len(kept) for kept in trace.kept[5]] == list(trace.image_tokens[5])
 
     def test_nothing_is_kept_alive(self, batch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ from vlmflow.cli.output import console, err_console, plain_table, refusals
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
+from vlmflow.records.schema import BenchPoint, BenchRecord, LatencyRecord, to_json
 from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:
@@ -125,18 +126,33 @@ def bench(
         bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
         for request in requests:
             found = compare(model, request, methods, repeats, each=lambda _: progress.advance(bar))
-            point = {"batch": len(found.image_tokens), "new_tokens": request.new_tokens, **asdict(found)}
-            points.append(point)
+            points.append(point_of(request, found))
             print_point(request, found)
     console.print(LEGEND)
-    record = {"subject": name, "layers": depth, "shared_weights": subject.geometry is not None}
-    record |= {"protocol": protocol, "dtype": str(model.dtype).removeprefix("torch."), "repeats": repeats}
-    record |= {"machine": machine(model.device), "versions": versions(), "points": points}
+    measured = BenchRecord(
+        subject=name,
+        layers=depth,
+        shared_weights=subject.geometry is not None,
+        protocol=protocol,
+        dtype=str(model.dtype).removeprefix("torch."),
+        repeats=repeats,
+        machine=machine(model.device),
+        versions=versions(),
+        points=points,
+    )
+    record = to_json(measured)
     if save is not None:
         with refusals():
             write_json(save, record)
         typer.echo(f"wrote {save}")
     typer.echo(json.dumps(record))
+
+
+def point_of(request: Request, found: Comparison) -> BenchPoint:
+    """What was measured on a request, as it is written."""
+    methods = {name: LatencyRecord(**vars(latency)) for name, latency in found.methods.items()}
+    images, texts = list(found.image_tokens), list(found.text_tokens)
+    return BenchPoint(len(images), request.new_tokens, images, texts, methods)
 
 
 def first_questions(task: str, source: Path | None, count: int) -> list[Question]:

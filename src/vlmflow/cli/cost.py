@@ -16,6 +16,7 @@ from vlmflow.cli.output import console, plain_table, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.evaluate.published import paper_tables
+from vlmflow.records.schema import CostRecord, PriceRecord, to_json
 
 NAMES = {
     "mean_image_tokens": "image tokens entering a layer, mean",
@@ -61,14 +62,21 @@ def cost(
     console.print(f"{chosen}: image tokens entering layers {spans(schedule)}.")
     ranking = flops(priced.pruned.score_flops)
     console.print(f"Exact counts all pairs of tokens, the output head and the ranking ({ranking}).")
-    record = {"model": model, "pruner": chosen.to_dict(), "image_tokens": n_image, "text_tokens": text_tokens}
-    record |= {"schedule": schedule, "cost": priced.to_dict()}
-    if vision := tiled_vision(geometry, n_image):
-        tower, projector = vision
+    tower, projector = tiled_vision(geometry, n_image)
+    if tower is not None and projector is not None:
         console.print(f"Vision tower {flops(tower)}, projector {flops(projector)}, under every method.")
-        record |= {"vision_flops": tower, "projector_flops": projector}
     if json_:
-        typer.echo(json.dumps(record))
+        record = PriceRecord(
+            model=model,
+            pruner=chosen.to_dict(),
+            image_tokens=n_image,
+            text_tokens=text_tokens,
+            schedule=list(schedule),
+            cost=CostRecord.of(priced),
+            vision_flops=tower,
+            projector_flops=projector,
+        )
+        typer.echo(json.dumps(to_json(record)))
 
 
 def read_geometry(model: str) -> Geometry:
@@ -78,11 +86,11 @@ def read_geometry(model: str) -> Geometry:
     return load_geometry(model)
 
 
-def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | None:
-    """FLOPs of the vision tower and the projector, where the image tokens are whole tiles of a known size."""
+def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | tuple[None, None]:
+    """FLOPs of the vision tower and the projector, None unless the image tokens are whole tiles of a known size."""
     tower = geometry.vision
     if tower is None or tower.grid is None or tower.image_tokens is None or n_image % tower.image_tokens:
-        return None
+        return None, None
     tiles = [tower.grid] * (n_image // tower.image_tokens)
     return vision_flops(tower, tiles), projector_flops(tower, tiles)
 

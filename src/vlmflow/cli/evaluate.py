@@ -43,7 +43,7 @@ from vlmflow.tasks import Task
 
 if TYPE_CHECKING:
     from vlmflow.evaluate.runner import Progress
-    from vlmflow.evaluate.tables import Line
+    from vlmflow.records.schema import Line
 
 METHODS = ",".join(name for name, method in PRUNERS.items() if method is not Unpruned)
 
@@ -162,11 +162,12 @@ def report(
     from vlmflow.evaluate.tables import find_results, table_of
     from vlmflow.evaluate.tables import report as make_report
     from vlmflow.records.files import write_json, write_text
+    from vlmflow.records.schema import ReportRecord, to_json
 
     with refusals():
         results, left_out = find_results(folders)
         made = make_report(results)
-        record = {"lines": [vars(line) for line in made.lines], "notes": list(made.notes)}
+        record = to_json(ReportRecord(list(made.lines), list(made.notes)))
         if out_dir is not None:
             write_text(out_dir / "report.md", made.markdown())
             write_text(out_dir / "report.csv", table_of(made.lines).csv())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import track
@@ -22,12 +23,13 @@ from vlmflow.cli.options import (
 from vlmflow.cli.output import console, err_console, plain_table, refusals, remark
 from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.records.files import versions, write_json
+from vlmflow.records.schema import DemoRecord, RunRecord, SeenImages, to_json
 
 if TYPE_CHECKING:
-    from vlmflow.models import VLM
-    from vlmflow.models.ask import Run
-    from vlmflow.pico import ScenePicture
-    from vlmflow.pico.questions import SceneQuestion
+    from torch import Tensor
+
+    from vlmflow.models import VLM, Question, Run
+    from vlmflow.pico import ScenePicture, SceneQuestion
 
 LEGEND = (
     "Image tokens by stage and in the mean over layers; prefill FLOPs by the paper's Eq. 10 and counted exactly, and "
@@ -65,20 +67,22 @@ def run(
         methods[chosen.name] = chosen
         for method in methods.values():
             method.checked_stages(vlm.n_layers, 0)
-        runs = {name: ask(vlm, [question], method, max_new_tokens)[0] for name, method in methods.items()}
+        inputs = vlm.encode([question])
+        runs = {name: ask(vlm, [question], method, max_new_tokens, inputs)[0] for name, method in methods.items()}
     print_runs(runs)
-    record = {
-        "model": model,
-        "prompt": prompt,
-        "images": [str(path) for path in image],
-        "versions": versions(),
-        "runs": {name: one.to_dict() for name, one in runs.items()},
-    }
+    record = RunRecord(
+        model=model,
+        prompt=prompt,
+        images=[str(path) for path in image],
+        versions=versions(),
+        runs={name: run.record() for name, run in runs.items()},
+        seen=seen_by(vlm, question, inputs, next(iter(runs.values()))),
+    )
     if save is not None:
         with refusals():
-            save_run(save, vlm, question, runs, record)
+            save_run(save, vlm, question, inputs, runs, record)
     if json_:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(to_json(record)))
 
 
 def print_runs(runs: dict[str, Run]) -> None:
@@ -105,22 +109,34 @@ def cost_cells(one: Run) -> list[str]:
     return [one.steps, f"{mean:.0f}", *shares]
 
 
-def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record: dict[str, Any]) -> None:
+def seen_by(vlm: VLM, question: Question, inputs: Mapping[str, Tensor], run: Run) -> SeenImages:
+    """How the question's images became tokens; all methods see them alike."""
+    from vlmflow.models import patch_grids
+
+    grids = patch_grids(dict(inputs), vlm.model.config, len(run.positions), len(question.images))
+    return SeenImages([image.size for image in question.images], list(run.positions), grids)
+
+
+def save_run(
+    folder: Path,
+    vlm: VLM,
+    question: Question,
+    inputs: Mapping[str, Tensor],
+    runs: Mapping[str, Run],
+    record: RunRecord | DemoRecord,
+) -> None:
     """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
     from vlmflow.figures import maps
-    from vlmflow.models import patch_grids, seen_images
+    from vlmflow.models import seen_images
 
-    write_json(folder / "record.json", record)
+    write_json(folder / "record.json", to_json(record))
     typer.echo(f"wrote {folder / 'record.json'}")
-    inputs = vlm.encode([question])
-    n_image = next(iter(runs.values())).image_tokens[0]
-    grids = patch_grids(inputs, vlm.model.config, n_image, len(question.images))
-    if grids is None:
+    if record.seen is None or record.seen.grids is None:
         remark("no picture: this model's image tokens do not form one grid an image")
         return
-    methods = {f"{name}: {one.answer.text[:40]}": one.stages for name, one in runs.items()}
-    images = seen_images(inputs, question.images)
-    maps.kept_patches(folder / "patches.png", images, grids, methods, question.text)
+    methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
+    images = seen_images(dict(inputs), question.images)
+    maps.kept_patches(folder / "patches.png", images, record.seen.grids, methods, question.text)
     typer.echo(f"wrote {folder / 'patches.png'}")
 
 
@@ -152,7 +168,8 @@ def demo(
     sample, questions = pictures[0]
     question, asked = questions[0], sum(len(questions) for _, questions in pictures)
     first = Question(question.text, (open_image(sample.image),))
-    measured = compare(vlm.model, Request(vlm.encode([first])), methods, repeats=5).methods
+    inputs = vlm.encode([first])
+    measured = compare(vlm.model, Request(inputs), methods, repeats=5).methods
     table = cost_table("answer", "right")
     table.add_column("time")
     for name, one in shown.items():
@@ -162,10 +179,15 @@ def demo(
     console.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
     console.print(table)
     console.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
-    record = {"versions": versions(), "asked": asked, "right": right}
-    record["runs"] = {name: one.to_dict() for name, one in shown.items()}
+    record = DemoRecord(
+        versions=versions(),
+        asked=asked,
+        right=right,
+        runs={name: run.record() for name, run in shown.items()},
+        seen=seen_by(vlm, first, inputs, shown["none"]),
+    )
     with refusals():
-        save_run(out_dir, vlm, first, {name: one for name, one in shown.items() if name != "none"}, record)
+        save_run(out_dir, vlm, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)
 
 
 def two_questions(sample: ScenePicture, number: int) -> list[SceneQuestion]:

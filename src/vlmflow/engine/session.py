@@ -179,7 +179,7 @@ class Session:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             prefill = self._prefills.mine()
             if prefill is not None and prefill.drops:
-                named = dict(zip(names, args, strict=False)) | kwargs
+                named = dict(zip(names, args, strict=False)) | kwargs  # one form for all: the layer's input, then names
                 hidden, kwargs = prefill.enter(layer_idx, module, named.pop(names[0]), named)
                 return (hidden,), kwargs
             if not is_pruned:
