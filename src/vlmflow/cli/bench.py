@@ -101,12 +101,11 @@ def bench(
         images = whole_numbers("--image-tokens", prompts.image_tokens)
         if save is not None:
             check_file("--save", save)
-        if subject.geometry is None:
-            refuse_without("--geometry", {"--layers": subject.layers})
         if threads:
             torch.set_num_threads(threads)
         attn = "sdpa" if protocol == "deployed" else "eager"
         if subject.geometry is None:
+            refuse_without("--geometry", {"--layers": subject.layers})
             questions = first_questions(prompts.task, prompts.source, max(batches))
             vlm = loading.load(subject.model, attn)
             model, inputs = vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
@@ -125,9 +124,9 @@ def bench(
     with Progress(console=err_console, transient=True) as progress:
         bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
         for request in requests:
-            found = compare(model, request, methods, repeats, each=lambda _: progress.advance(bar))
-            points.append(point_of(request, found))
-            print_point(request, found)
+            comparison = compare(model, request, methods, repeats, each=lambda _: progress.advance(bar))
+            points.append(point_of(request, comparison))
+            print_point(request, comparison)
     console.print(LEGEND)
     measured = BenchRecord(
         subject=name,
@@ -148,10 +147,10 @@ def bench(
     typer.echo(json.dumps(record))
 
 
-def point_of(request: Request, found: Comparison) -> BenchPoint:
+def point_of(request: Request, comparison: Comparison) -> BenchPoint:
     """What was measured on a request, as it is written."""
-    methods = {name: LatencyRecord(**vars(latency)) for name, latency in found.methods.items()}
-    images, texts = list(found.image_tokens), list(found.text_tokens)
+    methods = {name: LatencyRecord(**vars(latency)) for name, latency in comparison.methods.items()}
+    images, texts = list(comparison.image_tokens), list(comparison.text_tokens)
     return BenchPoint(len(images), request.new_tokens, images, texts, methods)
 
 
@@ -199,10 +198,10 @@ def whole_numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def print_point(request: Request, found: Comparison) -> None:
+def print_point(request: Request, comparison: Comparison) -> None:
     """One setting's table, and the methods that do not pay there."""
-    images, texts = sum(found.image_tokens), sum(found.text_tokens)
-    batch = len(found.image_tokens)
+    images, texts = sum(comparison.image_tokens), sum(comparison.text_tokens)
+    batch = len(comparison.image_tokens)
     console.print(
         f"\nBatch {batch}, {images / batch:g} image and {texts / batch:g} text tokens, {request.new_tokens} new tokens"
     )
@@ -210,18 +209,18 @@ def print_point(request: Request, found: Comparison) -> None:
     table = plain_table(*columns)
     for column in table.columns:
         column.justify, column.no_wrap = "left" if column.header == "method" else "right", True
-    for name, one in found.methods.items():
+    for name, latency in comparison.methods.items():
         table.add_row(
             name,
-            f"{seconds(one.seconds['vision'])}\n+ {seconds(one.seconds['prefill'])}",
-            ratio(one.speedup["ttft"], "\n"),
-            f"{one.promised:.2f}" if one.promised else "?",
-            seconds(one.seconds["tpot"]) if "tpot" in one.seconds else "",
-            ratio(one.speedup["total"], "\n"),
-            decimal(one.peak_bytes) if one.peak_bytes is not None else "?",
+            f"{seconds(latency.seconds['vision'])}\n+ {seconds(latency.seconds['prefill'])}",
+            ratio(latency.speedup["ttft"], "\n"),
+            f"{latency.promised:.2f}" if latency.promised else "?",
+            seconds(latency.seconds["tpot"]) if "tpot" in latency.seconds else "",
+            ratio(latency.speedup["total"], "\n"),
+            decimal(latency.peak_bytes) if latency.peak_bytes is not None else "?",
         )
     console.print(table)
-    for name, total in found.not_paying.items():
+    for name, total in comparison.not_paying.items():
         console.print(f"{name}: no sure gain here, {ratio(total)} times as fast end to end.")
 
 
@@ -230,6 +229,6 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.1f} ms"
 
 
-def ratio(found: Interval, between: str = " ") -> str:
+def ratio(interval: Interval, between: str = " ") -> str:
     """A speed-up with its interval."""
-    return f"{found.value:.2f}{between}({found.low:.2f}-{found.high:.2f})"
+    return f"{interval.value:.2f}{between}({interval.low:.2f}-{interval.high:.2f})"

@@ -38,7 +38,7 @@ from vlmflow.cli.options import (
 from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
 from vlmflow.cli.progress import bars, show, stoppable
 from vlmflow.evaluate.budgets import for_task
-from vlmflow.pruners import PRUNERS, Unpruned
+from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
 from vlmflow.tasks import Task
 
 if TYPE_CHECKING:
@@ -67,28 +67,41 @@ def evaluate(
     """
     with refusals():
         settings = pruner.settings()
+        name = find_pruner(pruner.pruner).name
         chosen = task_named(task)
         marker = judge.make(chosen, out_dir)
-        fleet = launcher.fleet()
+        on_ray = launcher.ray_workers()
         where = source.source()
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.launch import launch
-    from vlmflow.evaluate.runner import mark, write_requests
+    from vlmflow.evaluate.on_ray import Loading
+    from vlmflow.evaluate.runner import Evaluation, mark, write_requests
 
-    with refusals(), stoppable(), bars() as progress, launch(model, loading.device, loading.dtype, fleet) as launched:
-        method, origin = for_task(pruner.pruner, settings, chosen.preset, launched.layers)
-        evaluation = run.evaluation(chosen, where, method, origin)
-        follow = show(progress, f"{task} {method.name}")
-        summary = launched.run(evaluation, out_dir, batch_size=run.batch_size, samples=samples, progress=follow)
+    def evaluation_for(n_layers: int) -> Evaluation:
+        method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)
+        return run.evaluation(chosen, where, method, origin)
+
+    with refusals(), stoppable(), bars() as progress:
+        summary = launch(
+            evaluation_for,
+            Loading.named(model, loading.device, loading.dtype),
+            out_dir,
+            on_ray,
+            batch_size=run.batch_size,
+            samples=samples,
+            progress=show(progress, f"{task} {name}"),
+        )
     if summary is None:
         return  # torchrun's first process has it
-    with refusals(), stoppable():
-        if marker is not None and judge.dry_run:
-            count = write_requests(out_dir, evaluation, marker, samples)
-            remark(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
-        elif marker is not None:
-            summary = mark(out_dir, evaluation, marker, samples)
+    if marker is not None:
+        with refusals(), stoppable():
+            evaluation = evaluation_for(summary["settings"]["layers"])
+            if judge.dry_run:
+                count = write_requests(out_dir, evaluation, marker, samples)
+                remark(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
+            else:
+                summary = mark(out_dir, evaluation, marker, samples)
     _print_summary(summary, chosen)
     typer.echo(f"wrote {out_dir / 'summary.json'}")
     if json_:

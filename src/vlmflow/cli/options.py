@@ -18,7 +18,7 @@ from vlmflow.pruners import PRUNERS, Pruner, find_pruners, make_pruner, parse_fi
 from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.launch import Fleet
+    from vlmflow.evaluate.launch import RayWorkers
     from vlmflow.evaluate.runner import Evaluation
     from vlmflow.models import VLM
 
@@ -176,7 +176,7 @@ class LauncherOptions:
         str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
     ] = None
 
-    def fleet(self) -> Fleet | None:
+    def ray_workers(self) -> RayWorkers | None:
         """Ray's workers; None where Ray has no part.
 
         Raises:
@@ -190,9 +190,9 @@ class LauncherOptions:
             raise ValueError(f"--engine must be local or ray, got {self.engine!r}")
         if under_torchrun():
             raise ValueError("--engine ray starts its own workers; run it without torchrun")
-        from vlmflow.evaluate.launch import Fleet
+        from vlmflow.evaluate.launch import RayWorkers
 
-        return Fleet(1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
+        return RayWorkers(1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
 
 
 def refuse_without(needed: str, options: Mapping[str, object]) -> None:

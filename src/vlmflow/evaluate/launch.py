@@ -1,58 +1,55 @@
-"""Who answers: this process alone, the processes of one torchrun, or Ray's workers. It is decided here."""
+"""Who does an evaluation: this process, torchrun's processes, or Ray's workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vlmflow.evaluate.on_ray import Loading, connected
 from vlmflow.evaluate.on_torchrun import Ranks, own_accelerator
-from vlmflow.evaluate.runner import run
-from vlmflow.models import VLM, load
-from vlmflow.records.files import RecordError
+from vlmflow.evaluate.runner import Evaluation, Progress, run
+from vlmflow.models import load
+from vlmflow.tasks import Sample
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """The workers that Ray is to start (see ``connected``)."""
+class RayWorkers:
+    """So many workers of Ray's, as ``connected`` takes them."""
 
     workers: int = 1
     gpus: float | None = None
     address: str | None = None
 
 
-@dataclass(frozen=True)
-class Launched:
-    """A loaded model, wherever it is: its number of layers, and ``run``, which evaluates it there.
-
-    ``run`` takes what ``runner.run`` takes after the model. It returns the summary, or None in a process that only
-    helps the one that keeps the results.
-    """
-
-    layers: int
-    run: Callable[..., dict[str, Any] | None]
-
-
-@contextmanager
-def launch(model: str, device: str | None, dtype: str, fleet: Fleet | None = None) -> Iterator[Launched]:
-    """Load a model where it is to answer: with Ray if there is a fleet, else here, or in each process of a torchrun.
+def launch(
+    evaluation_for: Callable[[int], Evaluation],
+    loading: Loading,
+    out: Path,
+    on_ray: RayWorkers | None,
+    *,
+    batch_size: int,
+    samples: Sequence[Sample],
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """Evaluate what may depend on the model's number of layers; the summary, None from all but torchrun's first.
 
     Raises:
-        ModelError: the model cannot be loaded.
-        RecordError: Ray cannot give the fleet, or the model cannot be loaded there.
+        ValueError: a model that cannot be loaded as asked; the rest is as in ``collect`` and ``connected``.
     """
-    if fleet is not None:
-        with connected(Loading.named(model, device, dtype), fleet.workers, fleet.gpus, fleet.address) as pool:
+    if on_ray is not None:
+        with connected(loading, on_ray.workers, on_ray.gpus, on_ray.address) as pool:
             subject = pool.describe()
-            yield Launched(subject.layers, partial(pool.run, subject))
-    elif (ranks := Ranks.launched()) is not None:
-        if device == "auto":
-            raise RecordError("device auto spreads one model over all accelerators; torchrun wants one in each")
-        vlm: VLM = load(model, device or own_accelerator(), dtype)
-        yield Launched(vlm.n_layers, partial(ranks.run, vlm))
-    else:
-        vlm = load(model, device, dtype)
-        yield Launched(vlm.n_layers, partial(run, vlm))
+            evaluation = evaluation_for(subject.layers)
+            return pool.run(subject, evaluation, out, batch_size=batch_size, samples=samples, progress=progress)
+    ranks = Ranks.launched()
+    if ranks is None:
+        vlm = load(loading.name, loading.device, loading.dtype)
+        evaluation = evaluation_for(vlm.n_layers)
+        return run(vlm, evaluation, out, batch_size=batch_size, samples=samples, progress=progress)
+    if loading.device == "auto":
+        raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
+    vlm = load(loading.name, loading.device or own_accelerator(), loading.dtype)
+    evaluation = evaluation_for(vlm.n_layers)
+    return ranks.run(vlm, evaluation, out, batch_size=batch_size, samples=samples, progress=progress)
