@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vlmflow import models
 from vlmflow.cli import app
-from vlmflow.cli.evaluate import bars, show
+from vlmflow.cli.progress import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, with_budget
 from vlmflow.evaluate.evaluation import Evaluation

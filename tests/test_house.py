@@ -56,6 +56,21 @@ def test_light_rooms_stay_light(room, banned):
     assert run.stdout.strip() == ""
 
 
+@pytest.mark.parametrize(
+    "args", [["--help"], ["eval", "--help"], ["flow", "saliency", "--help"], ["pruners"], ["cost"], ["cost", "--paper"]]
+)
+def test_commands_without_a_model_import_no_torch(args):
+    code = """
+import atexit, sys
+from vlmflow.cli import main
+atexit.register(lambda: print("loaded:", *({"torch", "transformers", "matplotlib"} & {*sys.modules})))
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert len(run.stdout) > 300
+    assert run.stdout.strip().split("\n")[-1] == "loaded:"
+
+
 def test_public_names_exist():
     for name in vlmflow.__all__:
         assert getattr(vlmflow, name).__name__ if name != "PRUNERS" else vlmflow.PRUNERS

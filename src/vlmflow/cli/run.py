@@ -11,20 +11,17 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from vlmflow.cli.common import (
+from vlmflow.cli.options import (
     DeviceOption,
-    DtypeOption,
+    JsonOption,
+    LoadingOptions,
     ModelOption,
-    PrunerOption,
-    SetOption,
-    load_model,
-    notes,
-    out,
-    parse_settings,
-    plain_table,
-    refusals,
+    PrunerOptions,
+    check_folder,
+    checked_prompt,
 )
-from vlmflow.pruners import PRUNERS, make_pruner, parse_fields
+from vlmflow.cli.output import console, err_console, plain_table, refusals, remark
+from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.records.files import versions, write_json
 from vlmflow.records.schema import DemoRecord, RunRecord, SeenImages, to_json
 
@@ -39,39 +36,33 @@ LEGEND = (
     "KV cache, as shares of the unpruned run."
 )
 
-NewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-
 
 def run(
+    *,
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     model: ModelOption = "pico",
-    pruner: PrunerOption = "himap",
-    set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
+    pruner: PrunerOptions,
     compare: Annotated[bool, typer.Option("--compare", help="Answer under every method, side by side.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder for a picture of the kept patches and a record.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON line last.")] = False,
-    max_new_tokens: NewTokensOption = 64,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    json_: JsonOption = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    loading: LoadingOptions,
 ) -> None:
     """Ask a model about images, with its image tokens pruned."""
     with refusals():
-        settings = parse_settings(set_)
-        parse_fields(pruner, settings)  # wrong names, before a model is loaded
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; ask something with --prompt")
-        if save is not None and save.is_file():
-            raise ValueError(f"--save wants a folder, and {save} is a file")
+        pruner.settings()  # wrong names, before a model is loaded
+        if save is not None:
+            check_folder("--save", save)
         from vlmflow.core.images import open_image
         from vlmflow.models import Question
 
-        question = Question(prompt, tuple(open_image(path) for path in image))
-    vlm = load_model(model, device, dtype)
+        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
+        vlm = loading.load(model)
     from vlmflow.models.ask import ask
 
     with refusals():
-        chosen = make_pruner(pruner, settings, vlm.n_layers)
+        chosen = pruner.make(vlm.n_layers)
         methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS} if compare else {}
         methods[chosen.name] = chosen
         for method in methods.values():
@@ -99,8 +90,8 @@ def print_runs(runs: dict[str, Run]) -> None:
     table = cost_table("answer")
     for name, one in runs.items():
         table.add_row(name, one.answer.text, *cost_cells(one))
-    out.print(table)
-    out.print(LEGEND)
+    console.print(table)
+    console.print(LEGEND)
 
 
 def cost_table(*columns: str) -> Table:
@@ -141,7 +132,7 @@ def save_run(
     write_json(folder / "record.json", to_json(record))
     typer.echo(f"wrote {folder / 'record.json'}")
     if record.seen is None or record.seen.grids is None:
-        notes.print("no picture: this model's image tokens do not form one grid an image")
+        remark("no picture: this model's image tokens do not form one grid an image")
         return
     methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
     images = seen_images(dict(inputs), question.images)
@@ -156,21 +147,20 @@ def demo(
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
     from vlmflow.core.images import open_image
-    from vlmflow.models import Question
+    from vlmflow.models import Question, load
     from vlmflow.models.ask import ask
     from vlmflow.pico import samples
     from vlmflow.speed.latency import Request, compare
 
     with refusals():
-        if out_dir.is_file():
-            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
-    vlm = load_model("pico", device, "auto")
+        check_folder("--out", out_dir)
+        vlm = load("pico", device)
     methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS}
     right = dict.fromkeys(methods, 0)
     shown: dict[str, Run] = {}
     pictures = [(sample, two_questions(sample, number)) for number, sample in enumerate(samples()[:limit])]
     steps = [(sample, questions, name) for sample, questions in pictures for name in methods]
-    for sample, questions, name in track(steps, "Asking", console=notes, transient=True):
+    for sample, questions, name in track(steps, "Asking", console=err_console, transient=True):
         image = open_image(sample.image)
         runs = ask(vlm, [Question(q.text, (image,)) for q in questions], methods[name], max_new_tokens=16)
         right[name] += sum(one.answer.text in q.answers for one, q in zip(runs, questions, strict=True))
@@ -186,9 +176,9 @@ def demo(
         mark = "✓" if one.answer.text in question.answers else "✗"
         ratio = f"{measured[name].seconds['prefill'] / measured['none'].seconds['prefill']:.0%}"
         table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
-    out.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
-    out.print(table)
-    out.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
+    console.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
+    console.print(table)
+    console.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
     record = DemoRecord(
         versions=versions(),
         asked=asked,

@@ -47,7 +47,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         dtype = "float32"  # half precision on disk only
     if dtype != "auto":
         dtype_named(dtype)
-    spread = "auto" if device == "auto" else None
+    where = "auto" if device == "auto" else device_named(device)
     logging.disable_progress_bar()
     try:
         processor = load_processor(path)
@@ -55,7 +55,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
             path,
             dtype=dtype,
             attn_implementation=attn,
-            device_map=spread,
+            device_map="auto" if where == "auto" else None,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
@@ -64,11 +64,10 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     except Exception as error:  # a broken checkpoint makes its readers raise whatever they run into
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
     _check_complete(name, report)
-    if not spread:
-        where = device or default_device()
+    if where != "auto":
         try:
             nn.Module.to(model, where)
-        except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
+        except RuntimeError as error:  # it is too large, for one
             raise ModelError(f"cannot put {name!r} on device {where!r}: {one_line(error)}") from error
     _check_finite(name, model)
     return VLM(name, model.eval(), processor)
@@ -128,20 +127,29 @@ def _shape(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def default_device() -> str:
-    """The first accelerator, else the CPU."""
+def device_named(name: str | None) -> str:
+    """A device that works here; by default the first accelerator, else the CPU.
+
+    Raises:
+        ModelError: there is none of this name, or it holds no data, as torch's ``meta``.
+    """
     accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type
+    device = name or ("cpu" if accelerator is None else accelerator.type)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
+        raise ModelError(f"cannot use device {device!r}: {one_line(error)}") from error
+    return device
 
 
 def dtype_named(name: str) -> torch.dtype:
     """A torch dtype.
 
     Raises:
-        ModelError: there is none of this name.
+        ModelError: there is none of this name, or it holds whole numbers only.
     """
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {name!r}")
     return dtype
 
