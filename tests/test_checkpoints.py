@@ -97,6 +97,15 @@ def test_run(checkpoint, pictures, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_run_on_text_alone(checkpoint, name):
+    printed = vlmflow("run", "--model", checkpoint(name), *ASK, "--json")
+    (only,) = json.loads(printed.strip().split("\n")[-1])["runs"].values()
+    assert set(only["image_tokens"]) == {0}
+    assert only["answer"]["tokens"] == 2
+    assert only["cost"]["shares"]["exact_flops"] == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_eval(checkpoint, pictures, tmp_path, name):
     asked = (["square"], ["square", "tall"], ["wide"])
     lines = [

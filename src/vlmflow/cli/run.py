@@ -39,7 +39,10 @@ LEGEND = (
 
 def run(
     *,
-    image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", help="An image file; may be repeated; none: text alone."),
+    ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     model: ModelOption = "pico",
     pruner: PrunerOptions,
@@ -57,7 +60,10 @@ def run(
         from vlmflow.core.images import open_image
         from vlmflow.models import Question
 
-        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
+        images = image or []
+        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in images))
+        if not images:
+            remark("no image: the question is asked as text alone, and nothing is pruned")
         vlm = loading.load(model)
     from vlmflow.models.ask import ask
 
@@ -73,7 +79,7 @@ def run(
     record = RunRecord(
         model=model,
         prompt=prompt,
-        images=[str(path) for path in image],
+        images=[str(path) for path in images],
         versions=versions(),
         runs={name: run.record() for name, run in runs.items()},
         seen=seen_by(vlm, question, inputs, next(iter(runs.values()))),
