@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import vlmflow
+from docs.make import house
+from docs.make.page import put
 
 SOURCE = Path(vlmflow.__file__).parent
 FLOORS = [
@@ -76,3 +78,9 @@ def test_public_names_exist():
         assert getattr(vlmflow, name).__name__ if name != "PRUNERS" else vlmflow.PRUNERS
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = vlmflow.nonsense
+
+
+def test_the_page_shows_the_rooms_as_they_are():
+    """``python -m docs.make.house`` writes them anew."""
+    page = house.PAGE.read_text(encoding="utf-8")
+    assert put(page, "rooms", house.rooms()) == page
