@@ -68,7 +68,6 @@ def evaluate(
     from vlmflow.evaluate.evaluation import Evaluation
     from vlmflow.evaluate.launch import launch
     from vlmflow.evaluate.marking import mark, write_requests
-    from vlmflow.evaluate.on_ray import Loading
 
     def evaluation_for(n_layers: int) -> Evaluation:
         method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)
@@ -77,7 +76,7 @@ def evaluate(
     with refusals(), stoppable(), bars() as progress:
         summary = launch(
             evaluation_for,
-            Loading.named(model, loading.device, loading.dtype),
+            loading.named(model),
             out_dir,
             on_ray,
             batch_size=run.batch_size,

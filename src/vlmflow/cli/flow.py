@@ -21,6 +21,7 @@ from vlmflow.cli.options import (
     OutOption,
     SourceOptions,
     check_folder,
+    checked_prompt,
     task_named,
 )
 from vlmflow.cli.output import refusals, remark
@@ -70,13 +71,14 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
     """The command that runs an experiment on a task's samples; the experiment's fields are options of it."""
 
     def command(
+        *,
         out_dir: OutOption,
         settings: Any,
+        model: ModelOption = "pico",
         study: StudyOptions,
         source: SourceOptions,
         loading: LoadingOptions,
         launcher: LauncherOptions,
-        model: ModelOption = "pico",
         json_: JsonOption = False,
     ) -> None:
         with refusals():
@@ -85,7 +87,6 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             on_ray = launcher.ray_workers()
             check_folder("--out", out_dir)
             from vlmflow.evaluate.launch import launch
-            from vlmflow.evaluate.on_ray import Loading
             from vlmflow.flow.study import Study
 
             job = Study(task, chosen, where, study.limit, study.seed)
@@ -93,7 +94,7 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
         with refusals(), stoppable(), bars() as progress:
             summary = launch(
                 lambda n_layers: job,
-                Loading.named(model, loading.device, loading.dtype),
+                loading.named(model),
                 out_dir,
                 on_ray,
                 batch_size=study.batch_size,
@@ -141,24 +142,23 @@ for _experiment in EXPERIMENTS.values():
 @flow.command("show")
 @with_groups
 def show_(
+    *,
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and a record.")],
-    loading: LoadingOptions,
     model: ModelOption = "pico",
     layers: LayersOption = "",
+    loading: LoadingOptions,
     json_: JsonOption = False,
 ) -> None:
     """Draw over an image, layer by layer, which patches flow into the instruction and into each other."""
     with refusals():
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; ask something with --prompt")
         check_folder("--out", out_dir)
         named = _layers(layers)
         from vlmflow.core.images import open_image
         from vlmflow.models import Question, seen_images
 
-        question = Question(prompt, tuple(open_image(path) for path in image))
+        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
         vlm = loading.load(model)
         from vlmflow.figures.maps import flow_maps
         from vlmflow.flow.picture import patches

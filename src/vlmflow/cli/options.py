@@ -20,6 +20,7 @@ from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 if TYPE_CHECKING:
     from vlmflow.evaluate.evaluation import Evaluation
     from vlmflow.evaluate.launch import RayWorkers
+    from vlmflow.evaluate.on_ray import Loading
     from vlmflow.models import VLM
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
@@ -51,6 +52,12 @@ class LoadingOptions:
         from vlmflow.models import load  # torch and transformers take seconds that --help does not need
 
         return load(name, self.device, self.dtype, attn)
+
+    def named(self, name: str) -> Loading:
+        """How whoever answers is to load a model (see ``vlmflow.evaluate.launch``)."""
+        from vlmflow.evaluate.on_ray import Loading
+
+        return Loading.named(name, self.device, self.dtype)
 
 
 @dataclass(frozen=True)
