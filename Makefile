@@ -14,6 +14,7 @@ test: lint types tests  ## everything that must hold before a change lands
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/typos
 
 types: $(VENV)/.installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python

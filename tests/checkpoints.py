@@ -440,3 +440,21 @@ FAMILIES = {
         },
     ),
 }
+
+SIZES = {"square": (40, 40), "tall": (30, 60), "wide": (200, 50)}  # width, height
+COUNTS = {  # family -> the image tokens of the square picture, of the square and the tall one together, of the wide one
+    "llava": (25, 50, 25),  # resized and cropped
+    "llava_next": (24, 40, 14),  # a small picture of 4 tokens, then tiles less their padding, with an end to each row
+    "llava_onevision": (24, 10, 14),  # the same; of several pictures the small one alone, with an end
+    "internvl": (16, 64, 80),  # 1 tile; 1 tile, and 2 with the small picture; 4 with the small picture
+    "idefics3": (80, 128, 48),  # 2 x 2 tiles and the small picture; 2 x 1 for the tall one; 1 x 2
+    "smolvlm": (80, 128, 48),
+    "mistral3": (16, 24, 4),  # 4 x 4; 4 x 4 and 4 x 2; 1 x 4
+    "qwen2_vl": (25, 57, 36),  # 5 x 5; 5 x 5 and 8 x 4; 3 x 12
+    "qwen2_5_vl": (25, 57, 36),
+    "qwen3_vl": (25, 57, 36),
+    "qwen3_vl_moe": (25, 57, 36),
+    "glm4v": (25, 57, 36),
+    "gemma3": (16, 32, 16),
+    "paligemma": (16, 32, 16),
+}

@@ -127,27 +127,27 @@ class TestLeavesNothing:
         small, seen = tiny.build("qwen3_vl"), {}
         batch, text = small.collate(small.samples), small.model.model.language_model
 
-        def note(module, args, kwargs):
-            features = kwargs.get("deepstack_visual_embeds") or []
-            for name, values in {
-                "cache": [kwargs["past_key_values"], *kwargs["past_key_values"].layers],
-                "mask": [] if module is text else [kwargs["attention_mask"]],
-                "feature": features,
-            }.items():
-                seen.setdefault(name, []).extend(map(weakref.ref, values))
+        def note(name, values):
+            seen.setdefault(name, []).extend(map(weakref.ref, values))
 
-        handles = [text.register_forward_pre_hook(note, with_kwargs=True)]
+        def note_text(module, args, kwargs):
+            note("feature", kwargs.get("deepstack_visual_embeds") or [])
+
+        def note_layer(module, args, kwargs):
+            note("mask", [kwargs["attention_mask"]])
+            note("cache", [kwargs["past_key_values"], *kwargs["past_key_values"].layers])
+
+        handles = [text.register_forward_pre_hook(note_text, with_kwargs=True)]
         with prune(small.model, pruner) as trace:
-            handles += [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in text.layers]
+            handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in text.layers]
             out = small.model.generate(**batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
-            seen["slots"] = [weakref.ref(layer.vlmflow_slots) for layer in out.past_key_values.layers[-2:]]
+            note("slots", [layer.vlmflow_slots for layer in out.past_key_values.layers[-2:]])
         for handle in handles:
             handle.remove()
         del out
         gc.collect()
-        assert {name: any(ref() is not None for ref in refs) for name, refs in seen.items()} == dict.fromkeys(
-            ("cache", "mask", "feature", "slots"), False
-        )
+        assert all(seen[name] for name in ("feature", "mask", "cache", "slots"))
+        assert [name for name, refs in seen.items() if any(ref() is not None for ref in refs)] == []
         assert [len(kept) for kept in trace.kept[5]] == list(trace.image_tokens[5])
 
     def test_nothing_is_kept_alive(self, batch):
@@ -176,6 +176,10 @@ def test_without_pruner_only_the_trace(llava, batch):
         _ = empty.layout
 
 
+# transformers before 5.23 asks an offloaded model's first weight, which is nowhere, where the model is
+offloaded = pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type")
+
+
 class TestWorksWith:
     def test_lora(self, own, batch, expected):
         lora = peft.get_peft_model(own, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
@@ -183,17 +187,20 @@ class TestWorksWith:
             assert torch.equal(generate(lora, batch), expected)  # LoRA starts as the identity
         assert trace.kv_lengths[-1] < trace.kv_lengths[0]
 
+    @offloaded
     def test_offloaded(self, own, batch, expected):
         accelerate.cpu_offload(own, execution_device=tiny.DEVICE)
         with prune(own, HIMAP):
             assert torch.equal(generate(own, batch), expected)
 
+    @offloaded
     def test_offloaded_after_attaching(self, own, batch):
         with prune(own, PyramidDrop(layers=(2, 4))):
             answer = generate(own, batch)
             accelerate.cpu_offload(own, execution_device=tiny.DEVICE)
             assert torch.equal(generate(own, batch), answer)
 
+    @offloaded
     def test_disk_offloaded(self, own, batch, expected, tmp_path):
         accelerate.disk_offload(own, offload_dir=tmp_path, execution_device=tiny.DEVICE)
         with prune(own, HIMAP):
@@ -251,7 +258,8 @@ class TestWorksWith:
         results = []
         for checkpointing in (False, True):
             if checkpointing:
-                own.gradient_checkpointing_enable()
+                older = session._CHECKPOINTS_HOOKS
+                (own.gradient_checkpointing_enable if older else own.activation_checkpointing_enable)()
             own.zero_grad()
             with prune(own, pruner):
                 if checkpointing and session._CHECKPOINTS_HOOKS:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: on the embedded model, with good and with bad input."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -160,10 +161,45 @@ def test_bench_of_a_model_and_of_a_geometry(tmp_path):
         (["--geometry", "gpt-9"], "wanted one of llava-1.5-7b"),
         (["--task", "nope"], "unknown task 'nope'"),
         (["--geometry", "llava-1.5-7b", "--dtype", "float99"], "dtype must be"),
+        (["--geometry", "llava-1.5-7b", "--device", "toaster"], "device 'toaster'"),
+        (["--layers", "5"], "--layers goes with --geometry"),
+        (["--save", "."], "--save wants a file, and . is a folder"),
     ],
 )
 def test_bench_refuses_in_one_line(args, says):
     assert says in refused(vlmflow("bench", *args))
+
+
+WRITING = {
+    "run": ["--image", SCENE.image, *ASK, "--save"],
+    "demo": ["--out"],
+    "bench": ["--save"],
+    "eval": ["--task", "pico", "--out"],
+    "sweep": ["--task", "pico", "--out"],
+}
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_what_cannot_be_written_is_refused_before_the_work(command, tmp_path):
+    (tmp_path / "file").touch()
+    line = refused(vlmflow(command, *WRITING[command], tmp_path / "file/in/a/file"))
+    assert line.endswith(f" wants a folder, and {tmp_path / 'file'} is a file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("command", WRITING)
+def test_folders_that_may_not_be_written_are_refused_before_the_work(command, tmp_path):
+    tmp_path.chmod(0o500)
+    line = refused(vlmflow(command, *WRITING[command], tmp_path / "new/folder"))
+    assert line.endswith(f": you may not write in {tmp_path}; choose another folder")
+
+
+def test_what_fails_in_the_end_is_told_without_python(tmp_path):
+    """A disk that is full or a file in the way is found when the record is written."""
+    (tmp_path / "record.json").mkdir()
+    run = vlmflow("run", "--image", SCENE.image, *ASK, "--max-new-tokens", "1", "--save", tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert run.stderr.endswith("record.json: Is a directory\n")
 
 
 @pytest.mark.parametrize(("args", "code"), [(["--version"], 0), (["run", "--image", "gone.png", "--prompt", "?"], 2)])
@@ -231,6 +267,8 @@ def files(tmp_path_factory):
         (["--device", "toaster"], "device 'toaster'"),
         pytest.param(["--device", "cuda"], "device 'cuda'", marks=without_cuda),
         (["--device", "hpu"], "device 'hpu'"),
+        (["--device", "meta"], "device 'meta'"),
+        (["--dtype", "int8"], "dtype must be auto or"),
         (["--save", "text.png"], "--save wants a folder"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

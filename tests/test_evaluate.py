@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from vlmflow import models
 from vlmflow.cli import app
-from vlmflow.cli.evaluate import bars, show
+from vlmflow.cli.progress import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, with_budget
 from vlmflow.evaluate.evaluation import Evaluation
@@ -220,13 +220,24 @@ def test_a_finished_run_asks_nothing(vlm, questions, finished, monkeypatch):
     assert files(finished) == before
 
 
+def test_a_run_goes_on_under_another_name_of_its_prompt(vlm, questions, finished):
+    """Its texts are the same, as the samples' digest says; the folder keeps the name that it began with."""
+    before = files(finished)
+    for name in ("settings.json", "summary.json"):
+        (finished / name).write_text((finished / name).read_text().replace('"prompt": "plain"', '"prompt": "paper"'))
+    renamed = files(finished)
+    assert renamed != before
+    run(vlm, evaluation(questions), finished)
+    assert files(finished) == renamed
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"limit": 5}, 'samples.count was 6, is 5; samples.sha256 was ".*; limit was null, is 5'),
         ({"pruner": FastV(k=1)}, 'pruner.name was "himap", is "fastv"'),
         ({"pruner": HiMAP(k1=1, k2=4)}, r"settings: pruner.k2 was 3, is 4\. Take another folder"),
-        ({"prompt": "llava"}, 'prompt was "paper", is "llava"'),
+        ({"prompt": "llava"}, 'samples.sha256 was ".*; prompt was "plain", is "llava"'),
         ({"max_new_tokens": 7}, "max_new_tokens was 6, is 7"),
     ],
 )
@@ -521,7 +532,7 @@ def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
         (["eval", "--task", "poetry"], "unknown task 'poetry'; choose from"),
         (["eval", "--task", "pico", "--pruner", "himapp"], "unknown pruner 'himapp'"),
         (["eval", "--task", "pico", "--set", "k1"], "--set wants field=value"),
-        (["eval", "--task", "pico", "--limit", "1", "--prompt-style", "rude"], "prompt style must be one of paper"),
+        (["eval", "--task", "pico", "--limit", "1", "--prompt-style", "rude"], "prompt style must be one of plain"),
         (["eval", "--task", "pico", "--limit", "1", "--rule", "rude"], "answer rule must be one of"),
         (["eval", "--task", "pico", "--source", "x"], "it takes no path"),
         (["eval", "--task", "jsonl", "--source", "gone.jsonl"], "gone.jsonl: no such file"),
@@ -555,3 +566,16 @@ def test_what_no_other_point_beats():
         cheap,
         good,
     ]
+
+
+def test_a_setting_may_differ_in_its_last_digits(tmp_path):
+    """What was solved for is not the same to the bit in every version."""
+    with claim(tmp_path / "a", {"pruner": {"ratio": 0.8375000000004473}}):
+        pass
+    with claim(tmp_path / "a", {"pruner": {"ratio": 0.8374999999999999}}):
+        pass
+    with (
+        pytest.raises(RecordError, match=r"pruner\.ratio was 0\.8375.*, is 0\.8376"),
+        claim(tmp_path / "a", {"pruner": {"ratio": 0.8376}}),
+    ):
+        pass

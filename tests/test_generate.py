@@ -61,6 +61,15 @@ def test_static_cache(llava, ragged, pruner):
     torch.testing.assert_close(logits, static_logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+def test_a_cache_that_grows_layer_by_layer(llava, ragged, pruner):
+    """A cache made without a config has no layer yet when the first one is pruned, or run ahead."""
+    tokens, logits, _ = greedy(llava.model, ragged, pruner)
+    again, grown_logits, _ = greedy(llava.model, ragged, pruner, past_key_values=DynamicCache())
+    assert torch.equal(tokens, again)
+    assert torch.equal(logits, grown_logits)
+
+
 def test_static_cache_used_again(llava, plain):
     cache = StaticCache(config=llava.model.config, max_cache_len=96)
     for sample in llava.samples[:2]:

@@ -40,6 +40,7 @@ def test_a_floor_imports_those_named_before_it(path):
     ("room", "banned"),
     [
         ("vlmflow", {"torch", "transformers", "matplotlib"}),
+        ("vlmflow.core.families", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.core.cost", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.evaluate.published", {"torch", "transformers", "matplotlib"}),
         ("vlmflow.figures.analysis", {"torch", "transformers"}),
@@ -53,6 +54,21 @@ def test_light_rooms_stay_light(room, banned):
     code = f"import sys, {room}; print(*({banned!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["eval", "--help"], ["flow", "saliency", "--help"], ["pruners"], ["cost"], ["cost", "--paper"]]
+)
+def test_commands_without_a_model_import_no_torch(args):
+    code = """
+import atexit, sys
+from vlmflow.cli import main
+atexit.register(lambda: print("loaded:", *({"torch", "transformers", "matplotlib"} & {*sys.modules})))
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert len(run.stdout) > 300
+    assert run.stdout.strip().split("\n")[-1] == "loaded:"
 
 
 def test_public_names_exist():

@@ -438,8 +438,8 @@ def test_a_judge_that_fails_costs_no_answer_and_no_mark(serve, command, tmp_path
     [
         (["--judge", "j"], "OPENAI_API_KEY is not set"),
         (["--judge", ""], "must have a name"),
-        (["--judge-url", "http://localhost:1/v1"], "--judge-url is for a judge; name it with --judge"),
-        (["--dry-run"], "--dry-run is for a judge; name it with --judge"),
+        (["--judge-url", "http://localhost:1/v1"], "--judge-url goes with --judge"),
+        (["--dry-run"], "--dry-run goes with --judge"),
         (["--judge", "j", "--task", "pico"], "pico is scored by its rules and needs no judge"),
         (["--judge", "j", "--task", "pico", "--dry-run"], "pico is scored by its rules and needs no judge"),
     ],

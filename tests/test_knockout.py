@@ -60,7 +60,7 @@ class Edited:
         kernel.run()  # whoever else watches
         groups = kernel.query.shape[1] // kernel.key.shape[1]
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (kernel.key, kernel.value))
-        scores = torch.einsum("bhqc,bhkc->bhqk", kernel.query, key) * (kernel.scaling or key.shape[-1] ** -0.5)
+        scores = torch.einsum("bhqc,bhkc->bhqk", kernel.query, key) * (kernel.scoring.scaling or key.shape[-1] ** -0.5)
         seen = call.key_position[:, None, None, :] <= call.query_position[:, None, :, None]
         if kernel.mask is not None:
             seen = kernel.mask if kernel.mask.dtype == torch.bool else kernel.mask == 0

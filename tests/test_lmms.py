@@ -56,7 +56,7 @@ def test_a_file_says_what_the_task_says(name):
     file, task, doc = FILES[name], TASKS[name], DOCS[name]
     assert file["task"] == f"vlmflow_{name}"
     hub = task.hub
-    assert (file["dataset_path"], file.get("dataset_name"), file["test_split"]) == (hub.new, hub.config, hub.split)
+    assert (file["dataset_path"], file.get("dataset_name"), file["test_split"]) == (hub.id, hub.config, hub.split)
     assert file["generation_kwargs"] == {"max_new_tokens": task.max_new_tokens, "do_sample": False}
     sample = function(file["process_results"]).__self__.sample(doc)
     assert function(file["doc_to_text"])(doc) == task.prompts["paper"](sample)

@@ -1,5 +1,6 @@
 """Evaluations by Ray's workers: whoever is killed, the files end as one process writes them."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -134,6 +135,7 @@ def test_workers_do_a_study(tmp_path):
     [
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"workers": 1, "gpus": -1}, "GPUs a worker must be 0 or more, got -1"),
+        ({"workers": 1, "gpus": math.nan}, "GPUs a worker must be 0 or more, got nan"),
         ({"workers": 1, "address": "127.0.0.1:1"}, r"no Ray cluster answers at 127.0.0.1:1 \(Connection refused\)"),
         ({"workers": 1, "address": "ray://127.0.0.1:1"}, "address is auto or host:port"),
         ({"workers": 1, "address": "auto"}, "Could not find any running Ray instance"),

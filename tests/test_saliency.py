@@ -145,7 +145,7 @@ def test_equals_finite_differences(family):
             kernel = call.kernel
             groups = kernel.query.shape[1] // kernel.key.shape[1]
             key, value = (tensor.repeat_interleave(groups, 1) for tensor in (kernel.key, kernel.value))
-            scores = kernel.query @ key.transpose(2, 3) * kernel.scaling
+            scores = kernel.query @ key.transpose(2, 3) * kernel.scoring.scaling
             later = torch.ones(scores.shape[-2:]).triu(1).bool()
             weights = scores.masked_fill(later, -torch.inf).softmax(-1)
             weights[0, :, *self.pair] *= 1 + self.share
@@ -361,8 +361,8 @@ def test_answers_are_spelled_as_the_model_writes_them():
 
 def test_extending_without_a_mask():
     ids = torch.tensor([[5, 100, 6], [7, 100, 8]])
-    extended = extend({"input_ids": ids, "mm_token_type_ids": (ids == 100).long()}, [(3, 4, 5), (6,)], "llava")
+    extended = extend({"input_ids": ids, "mm_token_type_ids": (ids == 100).long()}, [(3, 4, 5), (6,)], 0)
     assert extended["input_ids"].tolist() == [[5, 100, 6, 3, 4], [7, 100, 8, 6, 6]]
     assert extended["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert extended["mm_token_type_ids"].tolist() == [[0, 1, 0, 0, 0]] * 2
-    assert extend({"input_ids": ids}, [(3, 4), (5, 6)], "paligemma")["token_type_ids"].tolist() == [[0, 0, 0, 1]] * 2
+    assert extend({"input_ids": ids}, [(3, 4), (5, 6)], 1)["token_type_ids"].tolist() == [[0, 0, 0, 1]] * 2

@@ -1,5 +1,6 @@
 """Taps see every call of their layers, know which positions it is about, and may change what comes out."""
 
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -130,3 +131,25 @@ def test_a_failing_tap_leaves_nothing():
     with attach(small.model, taps=[Fails()]), pytest.raises(KeyError):
         small.model(**small.samples[0])
     assert attention.config is config
+
+
+@dataclass
+class Keys:
+    """Notes which of the keys that it saw before are still in memory."""
+
+    layers: tuple[int, ...] = (1, 2)
+    seen: list = field(default_factory=list)
+    alive: list = field(default_factory=list)
+
+    def __call__(self, call):
+        self.alive.append([ref() is not None for ref in self.seen])
+        self.seen.append(weakref.ref(call.kernel.key))
+        return call.kernel.run()
+
+
+def test_the_layer_that_ranked_is_let_go_once_it_has():
+    """Its keys are not held while later layers run; without a cache nobody else holds them."""
+    small, keys = tiny.build("llava"), Keys()
+    with attach(small.model, HiMAP(2, 0.5, 4, 0.5), [keys]), torch.no_grad():
+        small.model(**small.samples[0], use_cache=False)
+    assert keys.alive == [[], [False]]

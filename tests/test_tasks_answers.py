@@ -3,7 +3,7 @@
 import pytest
 
 from vlmflow.tasks import TASKS, Picture, Sample, TaskError
-from vlmflow.tasks.answers import normal
+from vlmflow.tasks.answers import letter, normal
 
 HINTED = Sample(
     "1", (), "Which is it?", choices=("a cat", "a dog", "dark red"), answer="B", context="Two pets.\nBoth old."
@@ -20,10 +20,6 @@ PROMPTS = {
         "Context: Two pets.\nBoth old.\nWhich is it?\nA. a cat\nB. a dog\nC. dark red\n"
         "Answer with the option's letter from the given choices directly."
     ),
-    ("scienceqa", "lmms"): (
-        "Context: Two pets.\nBoth old.\nWhich is it?\nA. a cat\nB. a dog\nC. dark red\n"
-        "Answer with the option's letter from the given choices directly."
-    ),
     ("aokvqa", "paper"): (
         "Analyse the image and choose the best answer for the following question: Which is it? "
         "Options: (A) a cat (B) a dog (C) dark red. Output the letter of the correct answer."
@@ -37,33 +33,20 @@ PROMPTS = {
         "Options: (A) a cat (B) a dog (C) dark red\nJust output the letter of the correct answer."
     ),
     ("pope", "paper"): "question: Is there a dog in the image? Please just answer yes or no.",
-    ("pope", "lmms"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
     ("pope", "llava"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
     ("nocaps", "paper"): "Provide a one-sentence caption for the provided image.",
-    ("nocaps", "lmms"): "Provide a one-sentence caption for the provided image.",
-    ("nocaps", "llava"): "Provide a one-sentence caption for the provided image.",
     ("flickr30k", "paper"): "Provide a one-sentence caption for the provided image.",
-    ("flickr30k", "lmms"): "Provide a one-sentence caption for the provided image.",
-    ("flickr30k", "llava"): "Provide a one-sentence caption for the provided image.",
     ("llava_bench", "paper"): "What is {x}?",
-    ("llava_bench", "lmms"): "What is {x}?",
-    ("llava_bench", "llava"): "What is {x}?",
     ("mmvet", "paper"): "What is {x}?",
     ("mmvet", "lmms"): (
         "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
         "What is {x}?"
     ),
-    ("mmvet", "llava"): "What is {x}?",
-    ("easy_vqa", "paper"): "Is there a dog in the image?",
-    ("easy_vqa", "lmms"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
+    ("easy_vqa", "plain"): "Is there a dog in the image?",
     ("easy_vqa", "llava"): "Is there a dog in the image?\nAnswer the question using a single word or phrase.",
-    ("pico", "paper"): "Is there a dog in the image?",
-    ("pico_captions", "paper"): "Is there a dog in the image?",
-    ("jsonl", "paper"): "Which is it? Options: (A) a cat (B) a dog (C) dark red. Answer with the option's letter.",
-    ("jsonl", "lmms"): (
-        "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
-        "Answer with the option's letter from the given choices directly."
-    ),
+    ("pico", "plain"): "Is there a dog in the image?",
+    ("pico_captions", "plain"): "Is there a dog in the image?",
+    ("jsonl", "plain"): "Which is it? Options: (A) a cat (B) a dog (C) dark red. Answer with the option's letter.",
     ("jsonl", "llava"): (
         "Which is it?\nA. a cat\nB. a dog\nC. dark red\n"
         "Answer with the option's letter from the given choices directly."
@@ -78,14 +61,34 @@ def test_every_prompt_is_frozen():
         assert TASKS[name].prompt(SAMPLES.get(name, PLAIN), style) == text, (name, style)
 
 
-def test_paper_is_the_default_and_names_are_checked():
-    for task in TASKS.values():
-        assert next(iter(task.prompts)) == "paper"
+def test_paper_is_the_default_of_its_tasks_and_names_are_checked():
+    assert {name for name, task in TASKS.items() if task.style() == "plain"} == {
+        "easy_vqa", "pico", "pico_captions", "jsonl",
+    }  # fmt: skip
+    assert {task.style() for task in TASKS.values()} == {"paper", "plain"}
     assert TASKS["pope"].prompt(PLAIN).startswith("question: ")
-    with pytest.raises(TaskError, match="aokvqa: prompt style must be one of paper, llava, fastv, got 'lmms'"):
-        TASKS["aokvqa"].prompt(HINTED, "lmms")
+    with pytest.raises(TaskError, match="aokvqa: prompt style must be one of paper, llava, fastv, got 'plain'"):
+        TASKS["aokvqa"].prompt(HINTED, "plain")
+    with pytest.raises(TaskError, match="pico: prompt style must be one of plain, got 'llava'"):
+        TASKS["pico"].prompt(PLAIN, "llava")
     with pytest.raises(TaskError, match="pope: answer rule must be one of words, official, strict, got 'x'"):
         TASKS["pope"].parse("yes", PLAIN, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "same"),
+    [
+        ("scienceqa", "lmms", "llava"), ("pope", "lmms", "llava"), ("easy_vqa", "lmms", "llava"),
+        ("jsonl", "lmms", "llava"), ("nocaps", "lmms", "paper"), ("flickr30k", "llava", "paper"),
+        ("llava_bench", "lmms", "paper"), ("mmvet", "llava", "paper"), ("mmvet", "lmms", "lmms"),
+        ("easy_vqa", "paper", "plain"), ("jsonl", "paper", "plain"), ("pico", "paper", "plain"),
+        ("pico_captions", "paper", "plain"),
+    ],
+)  # fmt: skip
+def test_a_style_without_a_text_of_its_own_means_the_one_it_shares(name, style, same):
+    task = TASKS[name]
+    assert task.style(style) == same
+    assert task.prompt(SAMPLES.get(name, PLAIN), style) == PROMPTS[name, same]
 
 
 def test_without_a_hint_or_choices():
@@ -156,6 +159,55 @@ def test_letters(name, text):
     task = TASKS[name]
     assert tuple(task.parse(text, HINTED, rule) for rule in ("letter", "strict", "lmms", "llava")) == LETTERS[text]
     assert task.parse(text, HINTED) == LETTERS[text][0]
+
+
+CAR = Sample("4", (), "Which?", choices=("a red car", "a blue bus", "a dog", "a cat"))
+DECLARED = {  # verbose answers, by the default rule
+    "D\n\nExplanation: A is not right": "D",
+    "**D**\n(A) is a car, (B) is a bus.": "D",
+    "d\n\nA red car is not to be seen, so it isn't A.": "D",
+    "The correct answer is B. Here's why: option A is wrong.": "B",
+    "The correct answer is B.\n\nA) is wrong: the car is blue.\nC) is wrong too.": "B",
+    "I considered (A), but it is incorrect. Final answer: D.": "D",
+    "The answer is A. Wait, it has wheels. **Final answer:** (B)": "B",
+    "The correct answer is d.": "D",
+    "Answer: (c), as option D is too small": "C",
+    "The right option is: **C**. Options A and B are vehicles.": "C",
+    "It is not A. The answer is B.": "B",
+    "The answer is B, A and C are wrong.": "B",
+    "The answer is B because there is no car in both B and A.": "B",
+    "The answer is a.": "A",
+    "the answer is a dog": "C",
+    "B\n\nOn second thoughts, the answer is C.": "C",
+    # not declared, or twice
+    "The answer is A or B": None,
+    "The answer is B, C.": None,
+    "The answer is A, B, or C.": None,
+    "The answer is (B)/(C)": None,
+    "The answer is B. a blue bus, or C. a dog": None,
+    "The answer is A. The answer is B.": None,
+    "Final answer: A. Final answer: B.": None,
+    "You might say the answer is A, but the correct answer is B.": None,
+    "Is the answer A? Or is it (B)?": None,
+    "Is the correct answer: A? No, not A, but (B).": None,
+    "The answer is not A. Option B or C would do.": None,
+    "B\n\nIt is not B.": None,
+    "A\nB\nC": None,
+    "The answer is E. Option A is wrong, option B too.": None,
+    "the answer is a car, (B) or (C)": None,
+    "option A is wrong and option B is right": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DECLARED)
+def test_a_declared_letter_is_read_and_no_other(text):
+    assert letter(text, CAR) == DECLARED[text]
+
+
+def test_a_choice_that_is_a_letter_is_not_taken_for_a_declared_one():
+    genes = Sample("5", (), "Which?", choices=("c", "a", "b"))
+    assert letter("The correct answer is c.", genes) == "A"
+    assert letter("C\n\nExplanation: A is wrong", genes) is None
 
 
 def test_a_choice_within_a_choice():

@@ -12,7 +12,7 @@ from PIL import Image
 from vlmflow.core.images import ImageError
 from vlmflow.records.files import RecordError
 from vlmflow.tasks import TASKS, Picture, Sample, Source, TaskError
-from vlmflow.tasks.core import LETTERS
+from vlmflow.tasks.sample import LETTERS
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -525,14 +525,46 @@ def test_hub_names(monkeypatch, hub):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(hub, "load_dataset", refuse)
-    for source in (Source(), Source(hub="old", revision="abc"), Source(hub="me/mine", config="c", split="s")):
+    former, other = Source(hub="lmms-lab/ScienceQA", revision="abc"), Source(hub="me/mine", config="c", split="s")
+    for source in (Source(), former, other):
         with pytest.raises(TaskError, match=r"ConnectionError: no network\); without a network, give a local copy"):
             TASKS["scienceqa"].samples(source)
     assert asked == [
         ("lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test", None),
+        ("lmms-lab/ScienceQA", "ScienceQA-IMG", "test", None),
         ("lmms-lab/ScienceQA", "ScienceQA-IMG", "test", "abc"),
         ("me/mine", "c", "s", None),
     ]
+
+
+def test_a_moved_data_set_is_found_by_its_former_id(monkeypatch, hub):
+    rows = [{**row, "image": {"bytes": png("red"), "path": None}} for row in HUB_ROWS["mmvet"]]
+    table, asked = hub.Dataset.from_list(rows).cast_column("image", hub.Image()), []
+
+    def only_the_former(path, name, split, revision):
+        asked.append(path)
+        if path == "lmms-lab/MMVet":
+            return table
+        raise hub.exceptions.DatasetNotFoundError(f"{path} is gone")
+
+    monkeypatch.setattr(hub, "load_dataset", only_the_former)
+    assert [sample.id for sample in TASKS["mmvet"].samples()] == IDS["mmvet"]
+    assert asked == ["lmms-lab-encoder/MMVet", "lmms-lab/MMVet"]
+    with pytest.raises(TaskError, match=r"me/mine \(default, test\): cannot be loaded .*me/mine is gone"):
+        TASKS["mmvet"].samples(Source(hub="me/mine"))
+
+
+def test_a_data_set_that_is_there_is_not_looked_for_elsewhere(monkeypatch, hub):
+    asked = []
+
+    def broken(path, name, split, revision):
+        asked.append(path)
+        raise ValueError(f"no split {split}")
+
+    monkeypatch.setattr(hub, "load_dataset", broken)
+    with pytest.raises(TaskError, match=r"cannot be loaded .*no split mine"):
+        TASKS["mmvet"].samples(Source(split="mine"))
+    assert asked == ["lmms-lab-encoder/MMVet"]
 
 
 def test_hub_needs_its_package(monkeypatch):
@@ -545,7 +577,7 @@ def test_records_say_where_samples_came_from():
     assert TASKS["scienceqa"].describe() == {
         "dataset": "lmms-lab-encoder/ScienceQA", "config": "ScienceQA-IMG", "split": "test",
     }  # fmt: skip
-    assert TASKS["pope"].describe(Source(hub="old", revision="abc")) == {
+    assert TASKS["pope"].describe(Source(hub="lmms-lab/POPE", revision="abc")) == {
         "dataset": "lmms-lab/POPE", "split": "test", "revision": "abc",
     }  # fmt: skip
     assert TASKS["pope"].describe(Source(Path("a"), Path("b"))) == {"path": "a", "images": "b"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,25 +12,25 @@ import typer
 from rich.filesize import decimal
 from rich.progress import Progress
 
-from vlmflow.cli.common import (
-    DeviceOption,
-    DtypeOption,
+from vlmflow.cli.options import (
+    LoadingOptions,
     ModelOption,
     PrunersOption,
-    load_model,
-    notes,
-    out,
-    plain_table,
+    check_file,
     pruners_named,
-    refusals,
+    refuse_without,
+    task_named,
 )
+from vlmflow.cli.output import console, err_console, plain_table, refusals
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
+from vlmflow.records.schema import BenchPoint, BenchRecord, LatencyRecord, to_json
 from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:
     from vlmflow.core.statistics import Interval
+    from vlmflow.models import Question
     from vlmflow.speed.latency import Comparison, Protocol, Request
 
 PROTOCOLS: dict[Protocol, str] = {
@@ -46,30 +46,42 @@ LEGEND = (
 SHARED = " (random weights at true widths; all layers share one set: same arithmetic, a fraction of the memory)"
 
 
-def bench(
-    model: ModelOption = "pico",
+@dataclass(frozen=True)
+class SubjectOptions:
+    """What is timed: a model, or random weights at a known model's widths."""
+
+    model: ModelOption = "pico"
     geometry: Annotated[
         str | None,
         typer.Option(help=f"Instead of a model: random weights at the widths of one of {', '.join(GEOMETRIES)}."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=3, help="Of the geometry, another number of layers.")] = None,
+    ] = None
+    layers: Annotated[int | None, typer.Option(min=3, help="Of the geometry, another number of layers.")] = None
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is asked: a model gets a task's first questions, random weights get random tokens."""
+
+    task: Annotated[str, typer.Option("--task", "-t", help=f"A model's questions: one of {', '.join(TASKS)}.")] = "pico"
+    source: Annotated[Path | None, typer.Option(help="A local copy of the task's data in an official format.")] = None
+    batch_size: Annotated[str, typer.Option(help="One or more, with commas between.")] = "1"
+    new_tokens: Annotated[str, typer.Option(help="Length of the answer; one or more, with commas between.")] = "16"
+    image_tokens: Annotated[str, typer.Option(help="Of a geometry's prompt; one or more, with commas.")] = "576"
+    text_tokens: Annotated[int, typer.Option(min=1, help="Of a geometry's prompt, all after the images.")] = 60
+
+
+def bench(
+    *,
+    subject: SubjectOptions,
     pruners: PrunersOption = METHODS,
-    task: Annotated[
-        str, typer.Option("--task", "-t", help=f"A model's questions: one of {', '.join(TASKS)}.")
-    ] = "pico",
-    source: Annotated[Path | None, typer.Option(help="A local copy of the task's data in an official format.")] = None,
-    batch_size: Annotated[str, typer.Option(help="One or more, with commas between.")] = "1",
-    new_tokens: Annotated[str, typer.Option(help="Length of the answer; one or more, with commas between.")] = "16",
-    image_tokens: Annotated[str, typer.Option(help="Of a geometry's prompt; one or more, with commas.")] = "576",
-    text_tokens: Annotated[int, typer.Option(min=1, help="Of a geometry's prompt, all after the images.")] = 60,
+    prompts: PromptOptions,
     protocol: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()) + ".")
     ] = "deployed",
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds, after one that warms up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")] = None,
     save: Annotated[Path | None, typer.Option(help="A JSON file for the record.")] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    loading: LoadingOptions,
 ) -> None:
     """Measure first-token time, time per further token and memory of methods beside the unpruned model.
 
@@ -78,39 +90,56 @@ def bench(
     import torch
 
     from vlmflow.speed.latency import Request, compare, machine
+    from vlmflow.speed.synthetic import random_prompt
 
     with refusals():
         if protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
         chosen = [method for method in pruners_named(pruners) if method is not Unpruned]  # which always runs
-        batches, lengths = counts("--batch-size", batch_size), counts("--new-tokens", new_tokens)
-        images = counts("--image-tokens", image_tokens)
-    if threads:
-        torch.set_num_threads(threads)
-    attn = "sdpa" if protocol == "deployed" else "eager"
-    if geometry is None:
-        subject, prompts = asked(model, task, source, batches, device, dtype, attn)
-    else:
-        subject, prompts = drawn(geometry, layers, images, text_tokens, batches, device, dtype, attn)
-    with refusals():
-        depth = subject.config.get_text_config(decoder=True).num_hidden_layers
+        batches = whole_numbers("--batch-size", prompts.batch_size)
+        lengths = whole_numbers("--new-tokens", prompts.new_tokens)
+        images = whole_numbers("--image-tokens", prompts.image_tokens)
+        if save is not None:
+            check_file("--save", save)
+        if threads:
+            torch.set_num_threads(threads)
+        attn = "sdpa" if protocol == "deployed" else "eager"
+        if subject.geometry is None:
+            refuse_without("--geometry", {"--layers": subject.layers})
+            questions = first_questions(prompts.task, prompts.source, max(batches))
+            vlm = loading.load(subject.model, attn)
+            model, inputs = vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
+        else:
+            model = random_weights(subject.geometry, subject.layers, images, loading, attn)
+            sizes = product(images, batches)
+            inputs = [random_prompt(model, length, prompts.text_tokens, batch) for length, batch in sizes]
+        depth = model.config.get_text_config(decoder=True).num_hidden_layers
         methods = {method.name: method.scaled(depth) for method in chosen}
         for method in methods.values():
             method.checked_stages(depth, 0)
-    requests = [Request(prompt, length, protocol) for prompt, length in product(prompts, lengths)]
-    out.print(f"{geometry or model}{SHARED if geometry else ''}; protocol {protocol}: {PROTOCOLS[protocol]}.")
+    requests = [Request(prompt, length, protocol) for prompt, length in product(inputs, lengths)]
+    name = subject.geometry or subject.model
+    console.print(f"{name}{SHARED if subject.geometry else ''}; protocol {protocol}: {PROTOCOLS[protocol]}.")
     points = []
-    with Progress(console=notes, transient=True) as progress:
+    with Progress(console=err_console, transient=True) as progress:
         bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
         for request in requests:
-            found = compare(subject, request, methods, repeats, each=lambda _: progress.advance(bar))
-            point = {"batch": len(found.image_tokens), "new_tokens": request.new_tokens, **asdict(found)}
-            points.append(point)
-            print_point(request, found)
-    out.print(LEGEND)
-    record = {"subject": geometry or model, "layers": depth, "shared_weights": geometry is not None}
-    record |= {"protocol": protocol, "dtype": str(subject.dtype).removeprefix("torch."), "repeats": repeats}
-    record |= {"machine": machine(subject.device), "versions": versions(), "points": points}
+            comparison = compare(model, request, methods, repeats, each=lambda _: progress.advance(bar))
+            points.append(point_of(request, comparison))
+            print_point(request, comparison)
+    console.print(LEGEND)
+    measured = BenchRecord(
+        subject=name,
+        layers=depth,
+        shared_weights=subject.geometry is not None,
+        protocol=protocol,
+        dtype=str(model.dtype).removeprefix("torch."),
+        repeats=repeats,
+        machine=machine(model.device),
+        versions=versions(),
+        points=points,
+    )
+    record = to_json(measured)
     if save is not None:
         with refusals():
             write_json(save, record)
@@ -118,53 +147,46 @@ def bench(
     typer.echo(json.dumps(record))
 
 
-def asked(
-    model: str, task: str, source: Path | None, batches: list[int], device: str | None, dtype: str, attn: str
-) -> tuple[Any, list[dict[str, Any]]]:
-    """A model, and for each batch size the task's first questions as its prompts."""
-    with refusals():
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-        chosen = TASKS[task]
-        samples = chosen.samples(Source(source and source.resolve()), max(batches))
-        if len(samples) < max(batches):
-            raise ValueError(f"{task} has {len(samples)} samples, too few for --batch-size {max(batches)}")
-    vlm = load_model(model, device, dtype, attn)
+def point_of(request: Request, comparison: Comparison) -> BenchPoint:
+    """What was measured on a request, as it is written."""
+    methods = {name: LatencyRecord(**vars(latency)) for name, latency in comparison.methods.items()}
+    images, texts = list(comparison.image_tokens), list(comparison.text_tokens)
+    return BenchPoint(len(images), request.new_tokens, images, texts, methods)
+
+
+def first_questions(task: str, source: Path | None, count: int) -> list[Question]:
+    """A task's first questions, so many.
+
+    Raises:
+        TaskError: no such task, or what is wrong with the source.
+        ValueError: it has fewer.
+    """
     from vlmflow.models import Question
 
-    with refusals():
-        questions = [Question(chosen.prompt(s, None), tuple(p.open() for p in s.images)) for s in samples]
-    return vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
+    chosen = task_named(task)
+    samples = chosen.samples(Source(source and source.resolve()), count)
+    if len(samples) < count:
+        raise ValueError(f"{task} has {len(samples)} samples, too few for --batch-size {count}")
+    return [Question(chosen.prompt(s, None), tuple(picture.open() for picture in s.images)) for s in samples]
 
 
-def drawn(
-    geometry: str,
-    layers: int | None,
-    images: list[int],
-    text_tokens: int,
-    batches: list[int],
-    device: str | None,
-    dtype: str,
-    attn: str,
-) -> tuple[Any, list[dict[str, Any]]]:
-    """A random model of a geometry's widths, and random prompts for each number of image tokens and batch size."""
-    from vlmflow.models import default_device, dtype_named
-    from vlmflow.speed.synthetic import random_model, random_prompt, square_side
+def random_weights(geometry: str, layers: int | None, images: list[int], loading: LoadingOptions, attn: str) -> Any:
+    """A random model of a geometry's widths, for prompts with such numbers of image tokens."""
+    from vlmflow.models import device_named, dtype_named
+    from vlmflow.speed.synthetic import random_model, square_side
 
-    with refusals():
-        model = random_model(
-            geometry_named(geometry),
-            square_side(*images),
-            layers=layers,
-            share_weights=True,
-            dtype=dtype_named("bfloat16" if dtype == "auto" else dtype),
-            device=device or default_device(),
-            attn=attn,
-        )
-    return model, [random_prompt(model, n, text_tokens, batch) for n, batch in product(images, batches)]
+    return random_model(
+        geometry_named(geometry),
+        square_side(*images),
+        layers=layers,
+        share_weights=True,
+        dtype=dtype_named("bfloat16" if loading.dtype == "auto" else loading.dtype),
+        device=device_named(loading.device),
+        attn=attn,
+    )
 
 
-def counts(option: str, text: str) -> list[int]:
+def whole_numbers(option: str, text: str) -> list[int]:
     """Whole numbers with commas between.
 
     Raises:
@@ -176,30 +198,30 @@ def counts(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def print_point(request: Request, found: Comparison) -> None:
+def print_point(request: Request, comparison: Comparison) -> None:
     """One setting's table, and the methods that do not pay there."""
-    images, texts = sum(found.image_tokens), sum(found.text_tokens)
-    batch = len(found.image_tokens)
-    out.print(
+    images, texts = sum(comparison.image_tokens), sum(comparison.text_tokens)
+    batch = len(comparison.image_tokens)
+    console.print(
         f"\nBatch {batch}, {images / batch:g} image and {texts / batch:g} text tokens, {request.new_tokens} new tokens"
     )
     columns = ("method", "vision\n+ prefill", "times\nas fast", "FLOPs", "next", "end\nto end", "memory")
     table = plain_table(*columns)
     for column in table.columns:
         column.justify, column.no_wrap = "left" if column.header == "method" else "right", True
-    for name, one in found.methods.items():
+    for name, latency in comparison.methods.items():
         table.add_row(
             name,
-            f"{seconds(one.seconds['vision'])}\n+ {seconds(one.seconds['prefill'])}",
-            ratio(one.speedup["ttft"], "\n"),
-            f"{one.promised:.2f}" if one.promised else "?",
-            seconds(one.seconds["tpot"]) if "tpot" in one.seconds else "",
-            ratio(one.speedup["total"], "\n"),
-            decimal(one.peak_bytes) if one.peak_bytes is not None else "?",
+            f"{seconds(latency.seconds['vision'])}\n+ {seconds(latency.seconds['prefill'])}",
+            ratio(latency.speedup["ttft"], "\n"),
+            f"{latency.promised:.2f}" if latency.promised else "?",
+            seconds(latency.seconds["tpot"]) if "tpot" in latency.seconds else "",
+            ratio(latency.speedup["total"], "\n"),
+            decimal(latency.peak_bytes) if latency.peak_bytes is not None else "?",
         )
-    out.print(table)
-    for name, total in found.not_paying.items():
-        out.print(f"{name}: no sure gain here, {ratio(total)} times as fast end to end.")
+    console.print(table)
+    for name, total in comparison.not_paying.items():
+        console.print(f"{name}: no sure gain here, {ratio(total)} times as fast end to end.")
 
 
 def seconds(value: float) -> str:
@@ -207,6 +229,6 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.1f} ms"
 
 
-def ratio(found: Interval, between: str = " ") -> str:
+def ratio(interval: Interval, between: str = " ") -> str:
     """A speed-up with its interval."""
-    return f"{found.value:.2f}{between}({found.low:.2f}-{found.high:.2f})"
+    return f"{interval.value:.2f}{between}({interval.low:.2f}-{interval.high:.2f})"

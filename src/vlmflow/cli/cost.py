@@ -11,11 +11,12 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from vlmflow.cli.common import PrunerOption, SetOption, out, parse_settings, plain_table, refusals
+from vlmflow.cli.options import JsonOption, PrunerOptions
+from vlmflow.cli.output import console, plain_table, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.evaluate.published import paper_tables
-from vlmflow.pruners import make_pruner
+from vlmflow.records.schema import CostRecord, PriceRecord, to_json
 
 NAMES = {
     "mean_image_tokens": "image tokens entering a layer, mean",
@@ -27,17 +28,17 @@ NAMES = {
 
 
 def cost(
+    *,
     model: Annotated[
         str, typer.Option("--model", "-m", help=f"Hub id, local folder, pico, or one of {', '.join(GEOMETRIES)}.")
     ] = "llava-1.5-7b",
-    pruner: PrunerOption = "himap",
-    set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
+    pruner: PrunerOptions,
     image_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: those of one tile (LLaVA-1.5: of the image).")
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt, all after the image.")] = 60,
     paper: Annotated[bool, typer.Option("--paper", help="Recompute the costs in the HiMAP paper's tables.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON line last.")] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Count FLOPs and KV bytes of a method on a model, from its config; no weights needed."""
     if paper:
@@ -45,7 +46,7 @@ def cost(
         return
     with refusals():
         geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model)
-        chosen = make_pruner(pruner, parse_settings(set_), geometry.layers)
+        chosen = pruner.make(geometry.layers)
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
             raise ValueError(f"how many image tokens {model} makes depends on the image; say it with --image-tokens")
@@ -56,19 +57,26 @@ def cost(
         column.justify = "right"
     for measure, (whole, part, share) in priced.table().items():
         table.add_row(NAMES[measure], shown(measure, whole), shown(measure, part), f"{share:.1%}")
-    out.print(f"{model}: {geometry.layers} layers, {n_image} image and {text_tokens} text tokens")
-    out.print(table)
-    out.print(f"{chosen}: image tokens entering layers {spans(schedule)}.")
+    console.print(f"{model}: {geometry.layers} layers, {n_image} image and {text_tokens} text tokens")
+    console.print(table)
+    console.print(f"{chosen}: image tokens entering layers {spans(schedule)}.")
     ranking = flops(priced.pruned.score_flops)
-    out.print(f"Exact counts all pairs of tokens, the output head and the ranking ({ranking}).")
-    record = {"model": model, "pruner": chosen.to_dict(), "image_tokens": n_image, "text_tokens": text_tokens}
-    record |= {"schedule": schedule, "cost": priced.to_dict()}
-    if vision := tiled_vision(geometry, n_image):
-        tower, projector = vision
-        out.print(f"Vision tower {flops(tower)}, projector {flops(projector)}, under every method.")
-        record |= {"vision_flops": tower, "projector_flops": projector}
+    console.print(f"Exact counts all pairs of tokens, the output head and the ranking ({ranking}).")
+    tower, projector = tiled_vision(geometry, n_image)
+    if tower is not None and projector is not None:
+        console.print(f"Vision tower {flops(tower)}, projector {flops(projector)}, under every method.")
     if json_:
-        typer.echo(json.dumps(record))
+        record = PriceRecord(
+            model=model,
+            pruner=chosen.to_dict(),
+            image_tokens=n_image,
+            text_tokens=text_tokens,
+            schedule=list(schedule),
+            cost=CostRecord.of(priced),
+            vision_flops=tower,
+            projector_flops=projector,
+        )
+        typer.echo(json.dumps(to_json(record)))
 
 
 def read_geometry(model: str) -> Geometry:
@@ -78,11 +86,11 @@ def read_geometry(model: str) -> Geometry:
     return load_geometry(model)
 
 
-def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | None:
-    """FLOPs of the vision tower and the projector, where the image tokens are whole tiles of a known size."""
+def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | tuple[None, None]:
+    """FLOPs of the vision tower and the projector, None unless the image tokens are whole tiles of a known size."""
     tower = geometry.vision
     if tower is None or tower.grid is None or tower.image_tokens is None or n_image % tower.image_tokens:
-        return None
+        return None, None
     tiles = [tower.grid] * (n_image // tower.image_tokens)
     return vision_flops(tower, tiles), projector_flops(tower, tiles)
 
@@ -120,10 +128,10 @@ def print_paper(json_: bool) -> None:
             figures = [row.printed_tflops, f"{row.tflops:.3f}", row.printed_ratio, f"{row.ratio:.1%}"]
             note = f" ({notes.index(row.note) + 1})" if row.note else ""
             table.add_row(row.model, row.method + note, row.setting.replace(" = ", "="), *figures)
-        out.print(f"Table {number} of the paper, as printed and by Eq. 10 with the stated settings:")
-        out.print(table)
-    out.print("What would print the cells that the stated settings do not:")
+        console.print(f"Table {number} of the paper, as printed and by Eq. 10 with the stated settings:")
+        console.print(table)
+    console.print("What would print the cells that the stated settings do not:")
     for number, note in enumerate(notes, start=1):
-        out.print(f"({number}) {note}")
+        console.print(f"({number}) {note}")
     if json_:
         typer.echo(json.dumps([asdict(row) for row in rows]))

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from vlmflow.cli.common import DeviceOption, DtypeOption, ModelOption, absolute, load_model, notes, refusals
-from vlmflow.cli.evaluate import (
-    AddressOption,
-    BatchOption,
-    ConfigOption,
-    EngineOption,
-    GpusOption,
-    HubOption,
-    ImagesOption,
+from vlmflow.cli.groups import with_groups
+from vlmflow.cli.options import (
     JsonOption,
+    LauncherOptions,
     LimitOption,
+    LoadingOptions,
+    ModelOption,
     OutOption,
-    RevisionOption,
-    SourceOption,
-    SplitOption,
-    WorkersOption,
-    bars,
-    check_out,
-    ray_workers,
-    show,
-    stoppable,
+    SourceOptions,
+    check_folder,
+    task_named,
 )
+from vlmflow.cli.output import refusals, remark
+from vlmflow.cli.progress import bars, show, stoppable
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
+from vlmflow.records.schema import FlowRecord, to_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
@@ -45,93 +38,100 @@ flow = typer.Typer(
     no_args_is_help=True, help="See where visual information flows: saliency, knock-outs, a picture of one prompt."
 )
 
-TaskOption = Annotated[str | None, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
-SamplesOption = Annotated[
-    Path | None, typer.Option("--samples", help="Instead of a task: a JSON Lines file of image, question, answer.")
-]
 LayersOption = Annotated[str, typer.Option(help="Layers, as 0-4,8; default: all.")]
-SeedOption = Annotated[int, typer.Option(help="Of the bootstrap and of random controls.")]
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Which samples a study looks at."""
+
+    task: Annotated[str | None, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")] = None
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="Instead of a task: a JSON Lines file of image, question, answer.")
+    ] = None
+    limit: LimitOption = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, where the study can.")] = 8
+    seed: Annotated[int, typer.Option(help="Of the bootstrap and of random controls.")] = 0
+
+    def subject(self, source: SourceOptions) -> tuple[Task, Source]:
+        """The task and where its samples come from.
+
+        Raises:
+            ValueError: not one of a task and a file of samples, or an unknown task.
+        """
+        if (self.task is None) == (self.samples is None):
+            raise ValueError("name either a --task or a file of --samples")
+        if self.samples is not None and source.path is not None:
+            raise ValueError("--source goes with --task; --samples is read as it is")
+        return task_named(self.task or "jsonl"), replace(source, path=self.samples or source.path).source()
 
 
 def study_command(experiment: type[Experiment]) -> Callable[..., None]:
     """The command that runs an experiment on a task's samples; the experiment's fields are options of it."""
-    kinds = get_type_hints(experiment)
 
     def command(
         out_dir: OutOption,
+        settings: Any,
+        study: StudyOptions,
+        source: SourceOptions,
+        loading: LoadingOptions,
+        launcher: LauncherOptions,
         model: ModelOption = "pico",
-        task: TaskOption = None,
-        samples: SamplesOption = None,
-        source: SourceOption = None,
-        images: ImagesOption = None,
-        hub: HubOption = "new",
-        config: ConfigOption = None,
-        split: SplitOption = None,
-        revision: RevisionOption = None,
-        limit: LimitOption = None,
-        batch_size: BatchOption = 8,
-        seed: SeedOption = 0,
-        device: DeviceOption = None,
-        dtype: DtypeOption = "auto",
-        engine: EngineOption = "local",
-        workers: WorkersOption = None,
-        gpus_per_worker: GpusOption = None,
-        ray_address: AddressOption = None,
         json_: JsonOption = False,
-        **fields: Any,
     ) -> None:
         with refusals():
-            chosen = _task(task, samples, source)
-            where = Source(absolute(samples or source), absolute(images), hub, config, split, revision)
-            made = experiment(**{name: _value(kinds[name], value) for name, value in fields.items()})
-            on_ray = ray_workers(engine, workers, gpus_per_worker, ray_address)
-            check_out(out_dir)
+            task, where = study.subject(source)
+            chosen = _experiment_of(experiment, settings)
+            on_ray = launcher.ray_workers()
+            check_folder("--out", out_dir)
             from vlmflow.evaluate.launch import launch
             from vlmflow.evaluate.on_ray import Loading
             from vlmflow.flow.study import Study
 
-            study = Study(chosen, made, where, limit, seed)
-            looked_at = study.samples()
+            job = Study(task, chosen, where, study.limit, study.seed)
+            samples = job.samples()
         with refusals(), stoppable(), bars() as progress:
             summary = launch(
-                lambda n_layers: study,
-                Loading.named(model, device, dtype),
+                lambda n_layers: job,
+                Loading.named(model, loading.device, loading.dtype),
                 out_dir,
                 on_ray,
-                batch_size=batch_size,
-                samples=looked_at,
-                progress=show(progress, f"{experiment.name} {chosen.name}"),
+                batch_size=study.batch_size,
+                samples=samples,
+                progress=show(progress, f"{experiment.name} {task.name}"),
             )
         if summary is None:
             return  # torchrun's first process has it
-        figures = made.figures(summary, out_dir)
+        figures = chosen.figures(summary, out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
         typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
         for sample, reason in summary["failed"].items():
-            notes.print(f"{sample} failed: {reason}", highlight=False, markup=False)
+            remark(f"{sample} failed: {reason}")
         if json_:
             typer.echo(json.dumps(summary))
 
-    common = inspect.signature(command, eval_str=True)
-    *shared, _ = common.parameters.values()
-    own = [_option(field, kinds[field.name]) for field in dataclasses.fields(experiment)]
-    command.__signature__ = common.replace(parameters=[*shared[:1], *own, *shared[1:]])
+    command.__annotations__["settings"] = _options_of(experiment)
     command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
-    return command
+    return with_groups(command)
 
 
-def _option(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    """An experiment's field as an option; layers are written as text."""
-    name = field.metadata.get("option", f"--{field.name.replace('_', '-')}")
-    option = Annotated[str if kind == Layers else kind, typer.Option(name, help=field.metadata["help"])]
-    default = "" if kind == Layers else field.default
-    return inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=option)
+def _options_of(experiment: type[Experiment]) -> type[Any]:
+    """A group of options with an experiment's fields; layers are written as text."""
+    kinds, options = get_type_hints(experiment), []
+    for entry in fields(experiment):
+        name = entry.metadata.get("option", f"--{entry.name.replace('_', '-')}")
+        kind, default = (str, "") if kinds[entry.name] == Layers else (kinds[entry.name], entry.default)
+        option = Annotated[kind, typer.Option(name, help=entry.metadata["help"])]
+        options.append((entry.name, option, field(default=default)))
+    return make_dataclass(f"{experiment.__name__}Options", options, frozen=True)
 
 
-def _value(kind: Any, given: Any) -> Any:
-    """What an option's field holds."""
-    return _layers(given) if kind == Layers else given
+def _experiment_of(experiment: type[Experiment], options: Any) -> Experiment:
+    kinds = get_type_hints(experiment)
+    return experiment(
+        **{name: _layers(value) if kinds[name] == Layers else value for name, value in vars(options).items()}
+    )
 
 
 for _experiment in EXPERIMENTS.values():
@@ -139,60 +139,51 @@ for _experiment in EXPERIMENTS.values():
 
 
 @flow.command("show")
+@with_groups
 def show_(
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and a record.")],
+    loading: LoadingOptions,
     model: ModelOption = "pico",
     layers: LayersOption = "",
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
     json_: JsonOption = False,
 ) -> None:
     """Draw over an image, layer by layer, which patches flow into the instruction and into each other."""
     with refusals():
         if not prompt.strip():
             raise ValueError("the prompt is empty; ask something with --prompt")
-        check_out(out_dir)
+        check_folder("--out", out_dir)
         named = _layers(layers)
         from vlmflow.core.images import open_image
         from vlmflow.models import Question, seen_images
 
         question = Question(prompt, tuple(open_image(path) for path in image))
-    vlm = load_model(model, device, dtype)
-    from vlmflow.figures import maps
-    from vlmflow.flow.picture import patches
+        vlm = loading.load(model)
+        from vlmflow.figures.maps import flow_maps
+        from vlmflow.flow.picture import patches
 
-    with refusals():
         found = patches(vlm, question, named)
         flows = {"into the instruction": found.into_instruction, "into each other": found.into_image}
-        record = {
-            "model": model,
-            "prompt": prompt,
-            "images": [str(path) for path in image],
-            "token": found.token,
-            "layers": list(found.layers),
-            "importance": {label: own.double().sum(1).tolist() for label, own in flows.items()},
-            "versions": versions(),
-        }
-        seen = seen_images(vlm.encode([question]), question.images)
+        record = FlowRecord(
+            model=model,
+            prompt=prompt,
+            images=[str(path) for path in image],
+            token=found.token,
+            layers=list(found.layers),
+            importance={label: importance.double().sum(1).tolist() for label, importance in flows.items()},
+            versions=versions(),
+            seen=found.seen,
+            maps={label: importance.tolist() for label, importance in flows.items()},
+        )
+        pictures = seen_images(dict(found.inputs), question.images)
         title = f"{prompt} → {found.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
-        arrays = {label: flow.cpu().numpy() for label, flow in flows.items()}
-        maps.flow_maps(out_dir / "flow", seen, found.grids, found.layers, arrays, title)
-        write_json(out_dir / "flow.json", record)
+        arrays = {label: importance.cpu().numpy() for label, importance in flows.items()}
+        flow_maps(out_dir / "flow", pictures, found.grids, found.layers, arrays, title)
+        write_json(out_dir / "flow.json", to_json(record))
     typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
     if json_:
-        typer.echo(json.dumps(record))
-
-
-def _task(name: str | None, samples: Path | None, source: Path | None) -> Task:
-    if (name is None) == (samples is None):
-        raise ValueError("name either a --task or a file of --samples")
-    if samples is not None and source is not None:
-        raise ValueError("--source goes with --task; --samples is read as it is")
-    if name is not None and name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
-    return TASKS[name or "jsonl"]
+        typer.echo(json.dumps(to_json(record)))
 
 
 def _layers(text: str) -> Layers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from vlmflow.cli.common import notes, out, plain_table
+from vlmflow.cli.output import console, plain_table, remark
+from vlmflow.core.families import FAMILIES
 from vlmflow.pruners import PRUNERS
 from vlmflow.pruners.outside import code_of, installed_pruners, load_installed
 
@@ -19,7 +20,7 @@ def pruners() -> None:
         try:
             methods.append(load_installed(name))
         except ValueError as error:
-            notes.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
+            remark(f"left out: {error}")
     table = plain_table("name", "fields and defaults", "what it does", "source")
     for method in methods:
         lines = (inspect.getdoc(method) or "").split("\n")
@@ -27,16 +28,14 @@ def pruners() -> None:
         source = sources[0] if sources else code_of(method) or "a control"
         defaults = ", ".join(f"{field}={value}" for field, value in vars(method()).items()) or "none"
         table.add_row(method.name, defaults, lines[0].replace("``", ""), source)
-    out.print(table)
-    out.print("Layers scale with the model's depth unless they are set.")
+    console.print(table)
+    console.print("Layers scale with the model's depth unless they are set.")
 
 
 def models() -> None:
     """List the model families that work."""
-    from vlmflow.models import FAMILIES
-
     table = plain_table("model_type", "known as")
     table.add_row("pico", "the embedded model (a LLaVA of 5 million weights)")
-    for model_type, known_as in FAMILIES.items():
-        table.add_row(model_type, known_as)
-    out.print(table)
+    for family in FAMILIES.values():
+        table.add_row(family.model_type, family.known_as)
+    console.print(table)

@@ -3,91 +3,86 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import track
 from rich.table import Table
 
-from vlmflow.cli.common import (
+from vlmflow.cli.options import (
     DeviceOption,
-    DtypeOption,
+    JsonOption,
+    LoadingOptions,
     ModelOption,
-    PrunerOption,
-    SetOption,
-    load_model,
-    notes,
-    out,
-    parse_settings,
-    plain_table,
-    refusals,
+    PrunerOptions,
+    check_folder,
+    checked_prompt,
 )
-from vlmflow.pruners import PRUNERS, make_pruner, parse_fields
+from vlmflow.cli.output import console, err_console, plain_table, refusals, remark
+from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.records.files import versions, write_json
+from vlmflow.records.schema import DemoRecord, RunRecord, SeenImages, to_json
 
 if TYPE_CHECKING:
-    from vlmflow.models import VLM
-    from vlmflow.models.ask import Run
-    from vlmflow.pico import ScenePicture
-    from vlmflow.pico.questions import SceneQuestion
+    from torch import Tensor
+
+    from vlmflow.models import VLM, Question, Run
+    from vlmflow.pico import ScenePicture, SceneQuestion
 
 LEGEND = (
     "Image tokens by stage and in the mean over layers; prefill FLOPs by the paper's Eq. 10 and counted exactly, and "
     "KV cache, as shares of the unpruned run."
 )
 
-NewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
-
 
 def run(
+    *,
     image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     model: ModelOption = "pico",
-    pruner: PrunerOption = "himap",
-    set_: SetOption = [],  # noqa: B006 (typer reads it as a default)
+    pruner: PrunerOptions,
     compare: Annotated[bool, typer.Option("--compare", help="Answer under every method, side by side.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder for a picture of the kept patches and a record.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON line last.")] = False,
-    max_new_tokens: NewTokensOption = 64,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    json_: JsonOption = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    loading: LoadingOptions,
 ) -> None:
     """Ask a model about images, with its image tokens pruned."""
     with refusals():
-        settings = parse_settings(set_)
-        parse_fields(pruner, settings)  # wrong names, before a model is loaded
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; ask something with --prompt")
-        if save is not None and save.is_file():
-            raise ValueError(f"--save wants a folder, and {save} is a file")
+        pruner.settings()  # wrong names, before a model is loaded
+        if save is not None:
+            check_folder("--save", save)
         from vlmflow.core.images import open_image
         from vlmflow.models import Question
 
-        question = Question(prompt, tuple(open_image(path) for path in image))
-    vlm = load_model(model, device, dtype)
+        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
+        vlm = loading.load(model)
     from vlmflow.models.ask import ask
 
     with refusals():
-        chosen = make_pruner(pruner, settings, vlm.n_layers)
+        chosen = pruner.make(vlm.n_layers)
         methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS} if compare else {}
         methods[chosen.name] = chosen
         for method in methods.values():
             method.checked_stages(vlm.n_layers, 0)
-        runs = {name: ask(vlm, [question], method, max_new_tokens)[0] for name, method in methods.items()}
+        inputs = vlm.encode([question])
+        runs = {name: ask(vlm, [question], method, max_new_tokens, inputs)[0] for name, method in methods.items()}
     print_runs(runs)
-    record = {
-        "model": model,
-        "prompt": prompt,
-        "images": [str(path) for path in image],
-        "versions": versions(),
-        "runs": {name: one.to_dict() for name, one in runs.items()},
-    }
+    record = RunRecord(
+        model=model,
+        prompt=prompt,
+        images=[str(path) for path in image],
+        versions=versions(),
+        runs={name: run.record() for name, run in runs.items()},
+        seen=seen_by(vlm, question, inputs, next(iter(runs.values()))),
+    )
     if save is not None:
         with refusals():
-            save_run(save, vlm, question, runs, record)
+            save_run(save, vlm, question, inputs, runs, record)
     if json_:
-        typer.echo(json.dumps(record))
+        typer.echo(json.dumps(to_json(record)))
 
 
 def print_runs(runs: dict[str, Run]) -> None:
@@ -95,8 +90,8 @@ def print_runs(runs: dict[str, Run]) -> None:
     table = cost_table("answer")
     for name, one in runs.items():
         table.add_row(name, one.answer.text, *cost_cells(one))
-    out.print(table)
-    out.print(LEGEND)
+    console.print(table)
+    console.print(LEGEND)
 
 
 def cost_table(*columns: str) -> Table:
@@ -114,22 +109,34 @@ def cost_cells(one: Run) -> list[str]:
     return [one.steps, f"{mean:.0f}", *shares]
 
 
-def save_run(folder: Path, vlm: VLM, question: Any, runs: dict[str, Run], record: dict[str, Any]) -> None:
+def seen_by(vlm: VLM, question: Question, inputs: Mapping[str, Tensor], run: Run) -> SeenImages:
+    """How the question's images became tokens; all methods see them alike."""
+    from vlmflow.models import patch_grids
+
+    grids = patch_grids(dict(inputs), vlm.model.config, len(run.positions), len(question.images))
+    return SeenImages([image.size for image in question.images], list(run.positions), grids)
+
+
+def save_run(
+    folder: Path,
+    vlm: VLM,
+    question: Question,
+    inputs: Mapping[str, Tensor],
+    runs: Mapping[str, Run],
+    record: RunRecord | DemoRecord,
+) -> None:
     """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
     from vlmflow.figures import maps
-    from vlmflow.models import patch_grids, seen_images
+    from vlmflow.models import seen_images
 
-    write_json(folder / "record.json", record)
+    write_json(folder / "record.json", to_json(record))
     typer.echo(f"wrote {folder / 'record.json'}")
-    inputs = vlm.encode([question])
-    n_image = next(iter(runs.values())).image_tokens[0]
-    grids = patch_grids(inputs, vlm.model.config, n_image, len(question.images))
-    if grids is None:
-        notes.print("no picture: this model's image tokens do not form one grid an image")
+    if record.seen is None or record.seen.grids is None:
+        remark("no picture: this model's image tokens do not form one grid an image")
         return
-    methods = {f"{name}: {one.answer.text[:40]}": one.stages for name, one in runs.items()}
-    images = seen_images(inputs, question.images)
-    maps.kept_patches(folder / "patches.png", images, grids, methods, question.text)
+    methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
+    images = seen_images(dict(inputs), question.images)
+    maps.kept_patches(folder / "patches.png", images, record.seen.grids, methods, question.text)
     typer.echo(f"wrote {folder / 'patches.png'}")
 
 
@@ -140,21 +147,20 @@ def demo(
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
     from vlmflow.core.images import open_image
-    from vlmflow.models import Question
+    from vlmflow.models import Question, load
     from vlmflow.models.ask import ask
     from vlmflow.pico import samples
     from vlmflow.speed.latency import Request, compare
 
     with refusals():
-        if out_dir.is_file():
-            raise ValueError(f"--out wants a folder, and {out_dir} is a file")
-    vlm = load_model("pico", device, "auto")
+        check_folder("--out", out_dir)
+        vlm = load("pico", device)
     methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS}
     right = dict.fromkeys(methods, 0)
     shown: dict[str, Run] = {}
     pictures = [(sample, two_questions(sample, number)) for number, sample in enumerate(samples()[:limit])]
     steps = [(sample, questions, name) for sample, questions in pictures for name in methods]
-    for sample, questions, name in track(steps, "Asking", console=notes, transient=True):
+    for sample, questions, name in track(steps, "Asking", console=err_console, transient=True):
         image = open_image(sample.image)
         runs = ask(vlm, [Question(q.text, (image,)) for q in questions], methods[name], max_new_tokens=16)
         right[name] += sum(one.answer.text in q.answers for one, q in zip(runs, questions, strict=True))
@@ -162,20 +168,26 @@ def demo(
     sample, questions = pictures[0]
     question, asked = questions[0], sum(len(questions) for _, questions in pictures)
     first = Question(question.text, (open_image(sample.image),))
-    measured = compare(vlm.model, Request(vlm.encode([first])), methods, repeats=5).methods
+    inputs = vlm.encode([first])
+    measured = compare(vlm.model, Request(inputs), methods, repeats=5).methods
     table = cost_table("answer", "right")
     table.add_column("time")
     for name, one in shown.items():
         mark = "✓" if one.answer.text in question.answers else "✗"
         ratio = f"{measured[name].seconds['prefill'] / measured['none'].seconds['prefill']:.0%}"
         table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
-    out.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
-    out.print(table)
-    out.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
-    record = {"versions": versions(), "asked": asked, "right": right}
-    record["runs"] = {name: one.to_dict() for name, one in shown.items()}
+    console.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
+    console.print(table)
+    console.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
+    record = DemoRecord(
+        versions=versions(),
+        asked=asked,
+        right=right,
+        runs={name: run.record() for name, run in shown.items()},
+        seen=seen_by(vlm, first, inputs, shown["none"]),
+    )
     with refusals():
-        save_run(out_dir, vlm, first, {name: one for name, one in shown.items() if name != "none"}, record)
+        save_run(out_dir, vlm, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)
 
 
 def two_questions(sample: ScenePicture, number: int) -> list[SceneQuestion]:

@@ -1,1 +1,1 @@
-"""The ground floor: tensor maths and segments, which know no model."""
+"""The ground floor: tensor maths and segments, what models cost, and what is known of each family of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,6 +59,20 @@ def causal_mask(n_query: int, key_valid: Bool[Tensor, "batch key"]) -> Bool[Tens
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How a kernel turns products of queries and keys into attention, the mask apart.
+
+    ``scaling`` None is 1 / sqrt(channel). ``bias`` (batch or 1, heads or 1, query, key) is added to the logits;
+    ``sinks`` are logits of their own, which take attention away from all keys of a head.
+    """
+
+    scaling: float | None = None
+    softcap: float | None = None
+    bias: Float[Tensor, "_ _ query key"] | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+
+
+@dataclass(frozen=True)
 class QueryRows:
     """Some queries of one attention layer with the keys they see: attention rows on demand, never the whole map.
 
@@ -70,8 +84,7 @@ class QueryRows:
     key: Float[Tensor, "batch kv_heads key channel"]
     mask: Tensor
     row_valid: Bool[Tensor, "batch row"]
-    scaling: float
-    softcap: float | None = None
+    scoring: Scoring  # its bias for these rows and keys
 
     @classmethod
     def take(
@@ -81,8 +94,7 @@ class QueryRows:
         mask: Tensor | None,
         rows: Int[Tensor, "batch row"],
         row_valid: Bool[Tensor, "batch row"],
-        scaling: float | None = None,
-        softcap: float | None = None,
+        scoring: Scoring = Scoring(),
     ) -> QueryRows:
         """Pick ``rows`` of a layer's queries.
 
@@ -92,32 +104,42 @@ class QueryRows:
         n_query, n_key = query.shape[2], key.shape[2]
         rows, row_valid = rows.to(query.device), row_valid.to(query.device)
         if mask is not None and mask.dim() == 4:
-            mask = mask[..., :n_key].expand(query.shape[0], -1, -1, -1)
-            mask = torch.take_along_dim(mask, rows[:, None, :, None], dim=2)
+            mask = _rows_of(mask, rows)[..., :n_key]
         else:
             visible = torch.arange(n_key, device=query.device) <= (rows + (n_key - n_query))[..., None]
             if mask is not None:
                 visible = visible & mask[:, None, :n_key].bool()
             mask = visible[:, None]
+        if scoring.bias is not None:
+            scoring = replace(scoring, bias=_rows_of(scoring.bias, rows)[..., :n_key])
         query = torch.take_along_dim(query, rows[:, None, :, None], dim=2)
-        return cls(query, key, mask, row_valid, scaling or query.shape[-1] ** -0.5, softcap)
+        return cls(query, key, mask, row_valid, scoring)
 
     def weights(self, first: int = 0, last: int | None = None) -> Float[Tensor, "batch heads row key"]:
-        """Attention weights of rows ``first`` to ``last``, softmax in float32, as the layer computes them."""
+        """Attention weights of rows ``first`` to ``last``, in float32 from the products on.
+
+        Half precision would not hold the products: those of float16 overflow where keys have large biases.
+        """
         query, mask, row_valid = (
-            self.query[:, :, first:last],
+            self.query[:, :, first:last].float(),
             self.mask[:, :, first:last],
             self.row_valid[:, first:last],
         )
         batch, heads, n_row, channel = query.shape
         kv_heads, n_key = self.key.shape[1], self.key.shape[2]
         grouped = query.reshape(batch, kv_heads, heads // kv_heads * n_row, channel)
-        logits = (grouped @ self.key.transpose(2, 3)).reshape(batch, heads, n_row, n_key) * self.scaling
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        logits = logits.float()
+        logits = (grouped @ self.key.float().transpose(2, 3)).reshape(batch, heads, n_row, n_key)
+        logits = logits * (self.scoring.scaling or channel**-0.5)
+        if self.scoring.softcap is not None:
+            logits = torch.tanh(logits / self.scoring.softcap) * self.scoring.softcap
+        if self.scoring.bias is not None:
+            logits = logits + self.scoring.bias[:, :, first:last].float()
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
-        return torch.softmax(logits, dim=-1).nan_to_num(0.0) * row_valid[:, None, :, None]
+        if self.scoring.sinks is not None:
+            sinks = self.scoring.sinks.float().view(1, heads, 1, 1).expand(batch, heads, n_row, 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        weights = torch.softmax(logits, dim=-1)[..., :n_key]
+        return weights.nan_to_num(0.0) * row_valid[:, None, :, None]
 
     def received(self) -> Float[Tensor, "batch key"]:
         """Attention that each key receives: mean over heads, sum over the rows (Eq. 8 and 9)."""
@@ -128,3 +150,9 @@ class QueryRows:
         for first in range(0, n_row, step):
             total += self.weights(first, first + step).mean(1).sum(1)
         return total
+
+
+def _rows_of(matrix: Tensor, rows: Int[Tensor, "batch row"]) -> Tensor:
+    """Rows of a (batch or 1, heads or 1, query, key) tensor, other ones for each sample."""
+    matrix = matrix.expand(rows.shape[0], -1, -1, -1)
+    return torch.take_along_dim(matrix, rows[:, None, :, None], dim=2)

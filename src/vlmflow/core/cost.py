@@ -290,6 +290,12 @@ def cost_of(
     ``step`` is the new token whose decoding is counted; ``grids``, the patches of each image or tile, price
     the vision tower and projector (0 without them).
 
+    >>> from vlmflow.core.geometry import geometry_named
+    >>> schedule = make_schedule(layers=32, image_tokens=576, drops=[(2, 144)])
+    >>> cost = cost_of(geometry_named("llava-1.5-7b"), schedule, text_tokens=60)
+    >>> f"{cost.share('exact_flops'):.0%}"
+    '36%'
+
     Raises: ValueError for counts that contradict each other, or grids where the geometry has no vision tower.
     """
     _check(geometry, schedule, text_tokens, scores)

@@ -1,19 +1,12 @@
-"""The widths that decide what a model costs: read from any supported model's config, or built in by name; no torch."""
+"""The widths that decide what a model costs, and those of some models by name; no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from vlmflow.core.errors import refusal
-
-DECODERS = (  # text model_types whose layers are q, k, v and o projections and a gated MLP, routed or not
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text qwen2_vl_text qwen2_5_vl_text qwen3_vl_text "
-    "qwen3_vl_moe_text glm4v_text"
-)
-TILED = "llava llava_next llava_onevision internvl idefics3 smolvlm mistral3 gemma3 paligemma"
-DYNAMIC = "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe glm4v"
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "pixtral": 0}
 
 
 @dataclass(frozen=True)
@@ -72,33 +65,15 @@ class Geometry:
     def from_config(cls, config: Any) -> Geometry:
         """Read the geometry of a Hugging Face config, multimodal or text only.
 
+        >>> from transformers import LlavaConfig
+        >>> Geometry.from_config(LlavaConfig()).vision.image_tokens
+        576
+
         Raises: ValueError where the family is not known or the config lacks an attribute.
         """
-        whole = _Strict(config)
-        text = _Strict(whole.optional("text_config") or config)
-        if text.model_type not in DECODERS.split():
-            raise _unknown(text, DECODERS)
-        geometry = cls(
-            hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads or text.num_attention_heads,
-            head_dim=text.optional("head_dim") or text.hidden_size // text.num_attention_heads,
-            vocab=text.vocab_size,
-            windows=_windows(text),
-            vision=None if whole.optional("vision_config") is None else _tower(whole, text.hidden_size),
-        )
-        if text.model_type != "qwen3_vl_moe_text":
-            return geometry
-        dense, step = text.mlp_only_layers or (), text.decoder_sparse_step
-        return replace(
-            geometry,
-            experts=text.num_experts,
-            experts_per_token=text.num_experts_per_tok,
-            expert_intermediate=text.moe_intermediate_size,
-            dense_layers=tuple(i for i in range(geometry.layers) if i in dense or (i + 1) % step),
-        )
+        from vlmflow.core.families import geometry_of  # families are made of readers that know this class
+
+        return geometry_of(config)
 
     def routed(self, layer: int) -> bool:
         """Tell whether this layer's MLP is a mixture of experts."""
@@ -109,141 +84,54 @@ class Geometry:
         return self.windows[layer] if self.windows else None
 
 
-class _Strict:
-    """A config whose missing attributes are errors that name the attribute and the config's class."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if not hasattr(self.config, name):
-            raise refusal(
-                "Geometry.from_config",
-                f"the attribute {name!r}",
-                f"a {type(self.config).__name__} without it",
-                "pass the model's own config, or give Geometry(...) the widths by hand",
-            )
-        return getattr(self.config, name)
-
-    def optional(self, name: str) -> Any:
-        """Read an attribute for which transformers itself takes absent and None as one."""
-        return getattr(self.config, name) if hasattr(self.config, name) else None
+def multiply_adds(*widths: int) -> int:
+    """Count the multiply-adds of linear layers that lead from each width to the next."""
+    return sum(inputs * outputs for inputs, outputs in pairwise(widths))
 
 
-def _unknown(config: _Strict, known: str) -> ValueError:
-    return refusal(
-        "Geometry.from_config",
-        f"a model_type among {known.replace(' ', ', ')}",
-        f"{config.model_type!r} in {type(config.config).__name__}",
-        "give Geometry(...) the widths by hand",
-    )
-
-
-def _windows(text: _Strict) -> tuple[int | None, ...]:
-    """List each layer's window by the rule of transformers' caches: layer_types, else one for all layers."""
-    kinds = text.optional("layer_types")
-    if kinds is None:
-        windows = (text.optional("sliding_window"),) * text.num_hidden_layers
-    elif other := set(kinds) - {"full_attention", "sliding_attention"}:
-        known = "layer_types among full_attention, sliding_attention"
-        raise refusal("Geometry.from_config", known, sorted(other), "other kinds of layer are not modelled")
-    else:
-        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _tower(config: _Strict, width: int) -> Tower:
-    kind, vision = config.model_type, _Strict(config.vision_config)
-    if kind in DYNAMIC.split():
-        return _dynamic_tower(kind, vision)
-    if kind not in TILED.split():
-        raise _unknown(config, f"{TILED} {DYNAMIC}")
-    hidden, patch = vision.hidden_size, _pair(vision.patch_size)
-    rows, columns = (size // side for size, side in zip(_pair(vision.image_size), patch, strict=True))
-    merge, gated, class_tokens = 1, False, int(kind == "internvl")
-    if kind in ("llava", "llava_next", "llava_onevision", "mistral3"):
-        depths = config.vision_feature_layer
-        projector = hidden * (1 if isinstance(depths, int) else len(depths)) * width + width**2
-        if kind == "mistral3":
-            merge = config.spatial_merge_size**2
-            projector += merge * hidden**2
-    elif kind == "internvl":
-        merge = int(1 / config.downsample_ratio) ** 2
-        projector = merge * hidden * width + width**2
-    elif kind in ("idefics3", "smolvlm"):
-        merge = config.scale_factor**2
-        projector = merge * hidden * width
-    elif kind == "gemma3":
-        merge, projector = rows * columns // config.mm_tokens_per_image, hidden * width
-    else:  # paligemma
-        projector = hidden * vision.projection_dim
-    if kind not in ("internvl", "idefics3", "smolvlm"):  # the others may carry one of several towers
-        if vision.model_type not in CLASS_TOKENS:
-            raise _unknown(vision, " ".join(CLASS_TOKENS))
-        class_tokens, gated = CLASS_TOKENS[vision.model_type], vision.model_type == "pixtral"
-    return Tower(
-        hidden=hidden,
-        intermediate=vision.intermediate_size,
-        layers=vision.num_hidden_layers,
-        patch_inputs=vision.num_channels * patch[0] * patch[1],
-        merge=merge,
-        projector=projector,
-        gated=gated,
-        class_tokens=class_tokens,
-        grid=None if gated else (rows, columns),
-    )
-
-
-def _dynamic_tower(kind: str, vision: _Strict) -> Tower:
-    side, (height, breadth) = vision.spatial_merge_size, _pair(vision.patch_size)
-    if kind == "qwen2_vl":  # hidden_size names the output here
-        hidden, out, intermediate = (
-            vision.embed_dim,
-            vision.hidden_size,
-            int(vision.embed_dim * vision.mlp_ratio),
-        )
-    else:
-        hidden, out, intermediate = vision.hidden_size, vision.out_hidden_size, vision.intermediate_size
-    projector = _merger(hidden, side, out)
-    if kind == "glm4v":  # blocks are as wide as the output; intermediate_size belongs to the merger
-        projector = side**2 * hidden * out + out**2 + 3 * out * intermediate
-        intermediate = out
-    elif kind in ("qwen3_vl", "qwen3_vl_moe"):
-        projector *= 1 + len(vision.deepstack_visual_indexes)
-    windowed = kind == "qwen2_5_vl"
-    return Tower(
-        hidden=hidden,
-        intermediate=intermediate,
-        layers=vision.depth,
-        patch_inputs=vision.in_channels * vision.temporal_patch_size * height * breadth,
-        merge=side**2,
-        projector=projector,
-        gated=kind in ("qwen2_5_vl", "glm4v"),
-        window=vision.window_size // side // height * side if windowed else None,
-        full_layers=tuple(vision.fullatt_block_indexes) if windowed else (),
-    )
-
-
-def _merger(hidden: int, side: int, out: int) -> int:
-    return (hidden * side**2) ** 2 + hidden * side**2 * out
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-_CLIP = Tower(1024, 4096, 24, 588, 1, 1024 * 4096 + 4096**2, class_tokens=1, grid=(24, 24))
-_CLIP_13B = replace(_CLIP, projector=1024 * 5120 + 5120**2)
-_INTERN = Tower(1024, 4096, 24, 588, 4, 4096 * 3584 + 3584**2, class_tokens=1, grid=(32, 32))
-_QWEN25 = Tower(1280, 3420, 32, 1176, 4, _merger(1280, 2, 3584), True, window=8, full_layers=(7, 15, 23, 31))
-_QWEN3 = Tower(1152, 4304, 27, 1536, 4, 4 * _merger(1152, 2, 4096))
+_VICUNA_7B = Geometry(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab=32064)
+_QWEN_7B = replace(_VICUNA_7B, vocab=151936)
+_VICUNA_13B = replace(_VICUNA_7B, hidden=5120, intermediate=13824, layers=40, heads=40, kv_heads=40)
+_QWEN2_7B = Geometry(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064)
+_QWEN3_8B = Geometry(hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, vocab=151936)
+_CLIP = Tower(
+    hidden=1024,
+    intermediate=4096,
+    layers=24,
+    patch_inputs=3 * 14**2,
+    merge=1,
+    projector=multiply_adds(1024, 4096, 4096),
+    class_tokens=1,
+    grid=(24, 24),
+)
+_CLIP_13B = replace(_CLIP, projector=multiply_adds(1024, 5120, 5120))
+_INTERN = replace(_CLIP, merge=4, projector=multiply_adds(4 * 1024, 3584, 3584), grid=(32, 32))
+_QWEN2_5_TOWER = Tower(
+    hidden=1280,
+    intermediate=3420,
+    layers=32,
+    patch_inputs=3 * 2 * 14**2,
+    merge=4,
+    projector=multiply_adds(4 * 1280, 4 * 1280, 3584),
+    gated=True,
+    window=8,
+    full_layers=(7, 15, 23, 31),
+)
+_QWEN3_TOWER = Tower(
+    hidden=1152,
+    intermediate=4304,
+    layers=27,
+    patch_inputs=3 * 2 * 16**2,
+    merge=4,
+    projector=4 * multiply_adds(4 * 1152, 4 * 1152, 4096),
+)
 GEOMETRIES: dict[str, Geometry] = {
-    "llava-1.5-7b": Geometry(4096, 11008, 32, 32, 32, 128, 32064, vision=_CLIP),
-    "llava-1.5-13b": Geometry(5120, 13824, 40, 40, 40, 128, 32064, vision=_CLIP_13B),
-    "qwen-vl-chat": Geometry(4096, 11008, 32, 32, 32, 128, 151936),  # its resampler is not modelled
-    "qwen2.5-vl-7b": Geometry(3584, 18944, 28, 28, 4, 128, 152064, vision=_QWEN25),
-    "qwen3-vl-8b": Geometry(4096, 12288, 36, 32, 8, 128, 151936, vision=_QWEN3),
-    "internvl3-8b": Geometry(3584, 18944, 28, 28, 4, 128, 151674, vision=_INTERN),
+    "llava-1.5-7b": replace(_VICUNA_7B, vision=_CLIP),
+    "llava-1.5-13b": replace(_VICUNA_13B, vision=_CLIP_13B),
+    "qwen-vl-chat": _QWEN_7B,  # its resampler is not modelled
+    "qwen2.5-vl-7b": replace(_QWEN2_7B, vision=_QWEN2_5_TOWER),
+    "qwen3-vl-8b": replace(_QWEN3_8B, vision=_QWEN3_TOWER),
+    "internvl3-8b": replace(_QWEN2_7B, vocab=151674, vision=_INTERN),
 }
 
 

@@ -38,6 +38,9 @@ class Layout:
         """Read the layout from ids: a position is image if its id is one of ``image_token_ids``.
 
         ``attention_mask`` (batch, length) is 0 where a prompt is padded; None means that nothing is.
+
+        >>> Layout.read(torch.tensor([[1, 5, 9, 9, 7]]), image_token_ids=[9]).positions("instruction")
+        [tensor([4])]
         """
         image = torch.zeros_like(input_ids, dtype=torch.bool)
         for token_id in image_token_ids:  # by plain numbers: a list of them would be copied to the device

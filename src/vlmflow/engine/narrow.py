@@ -90,7 +90,7 @@ class Narrowing:
             told["position_ids"] = self._shorten_ids(ids)
         if (place := kwargs.get("cache_position")) is not None:
             start, end = slots.length - self.selection.index.shape[1], slots.length
-            told["cache_position"] = torch.arange(start, end, device=place.device)
+            told["cache_position"] = self._once("place", slots, lambda: torch.arange(start, end, device=place.device))
         for name in _PACKED:
             if kwargs.get(name) is not None:
                 told[name] = None
@@ -98,7 +98,7 @@ class Narrowing:
 
     def slots(self, layer: CacheLayer | None) -> Slots:
         """What a layer's cache will hold after this pass."""
-        before = slots_of(layer)
+        before = slots_of(layer) if self.past else None
         return self._once("slots", before, lambda: self._slots(before, layer))
 
     def _refuse_window(self, layer: CacheLayer | None) -> None:

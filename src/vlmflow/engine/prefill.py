@@ -178,17 +178,18 @@ class Prefill:
         return take_sequence(hidden, order)
 
     def _view(self, drop: Drop, hidden: Tensor, column: Tensor, valid: Tensor) -> View:
-        rows, key_column = None, column
-        if drop.stage.queries is not None:
-            if self.reading is None or self.reading.seen is None:
+        rows, key = None, column
+        if drop.stage.queries:
+            rows = self.reading.seen if self.reading is not None else None
+            if rows is None:
                 raise RuntimeError(
                     f"{self.pruner}: layer {drop.stage.scored_layer} did not call its kernel through transformers' "
                     "attention interface, so its attention cannot be read"
                 )
-            rows, key_column = self.reading.seen, column + self.reading.first_key
+            key = column + (rows.key.shape[2] - hidden.shape[1])  # the keys of earlier turns come first
         number = self.prompt.image.cumsum(1) - 1
         ordinal = torch.gather(number, 1, torch.gather(self.selection.index, 1, column)).clamp(min=0)
-        sources = Sources(hidden, column, key_column, rows)
+        sources = Sources(hidden, column, key, rows)
         return View(valid, ordinal, self.prompt.image_tokens, drop.keep, sources)
 
     def positions(self, layer: CacheLayer | None) -> Int[Tensor, "batch position"]:

@@ -27,7 +27,6 @@ class Reading:
     row_valid: Bool[Tensor, "batch row"]
     filled: int | None  # slots in use, of a static cache
     seen: QueryRows | None = None
-    first_key: int = 0  # the key of the sequence's first token
 
     @classmethod
     def of(cls, queries: Queries, selection: Selection, layer: CacheLayer | None) -> Reading:
@@ -42,14 +41,11 @@ class Reading:
 
     def __call__(self, call: KernelCall) -> tuple[Tensor, Any]:
         """Take the rows, and let the call pass."""
-        n_query, key = call.query.shape[2], call.key
+        key = call.key
         if self.filled is not None:  # a static cache hands over its empty slots as well
-            key = key[:, :, : self.filled + n_query]
-        self.first_key = key.shape[2] - n_query
+            key = key[:, :, : self.filled + call.query.shape[2]]
         with torch.no_grad():
-            self.seen = QueryRows.take(
-                call.query, key, call.mask, self.rows, self.row_valid, call.scaling, call.softcap
-            )
+            self.seen = QueryRows.take(call.query, key, call.mask, self.rows, self.row_valid, call.scoring)
         return call.run()
 
 

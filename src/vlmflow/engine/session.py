@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmflow.engine.cache import layer_of, slots_of
 from vlmflow.engine.prefill import Prefill
-from vlmflow.engine.probe import unwatch, watch
+from vlmflow.engine.probe import unwatch, unwatch_everywhere, watch
 from vlmflow.engine.prompt import Prompt
 from vlmflow.engine.tap import Tap, decode_positions, tapped
 from vlmflow.engine.target import Target
@@ -34,6 +34,12 @@ def attach(model: nn.Module, pruner: Pruner = Unpruned(), taps: Sequence[Tap] = 
     tokens. Without a pruner only the trace is kept. Prefill is pruned once; with ``use_cache=False`` generation
     re-reads its whole text each step, and ranks anew each time. ``taps`` take part in the attention of their layers.
 
+    >>> session = attach(model, FastV(k=2, ratio=0.75))
+    >>> output = model.generate(**inputs, max_new_tokens=4)
+    >>> session.trace.image_tokens[0], session.trace.image_tokens[2]
+    ((576,), (144,))
+    >>> session.detach()
+
     Raises:
         TypeError: not a transformers image-text-to-text model that the engine can serve.
         ValueError: a state or a pruner that does not fit, or a model that already has a session.
@@ -42,7 +48,13 @@ def attach(model: nn.Module, pruner: Pruner = Unpruned(), taps: Sequence[Tap] = 
 
 
 def prune(model: nn.Module, pruner: Pruner) -> Session:
-    """``attach`` with a pruner: ``with prune(model, HiMAP()) as trace: model.generate(**inputs)``."""
+    """``attach`` with a pruner, for a ``with`` block that gives its ``Trace``.
+
+    >>> with prune(model, HiMAP()) as trace:
+    ...     output = model.generate(**inputs, max_new_tokens=4)
+    >>> trace.image_tokens[8]  # of the one sample
+    (72,)
+    """
     return Session(model, pruner, ())
 
 
@@ -75,6 +87,7 @@ class Session:
         self._taps = tuple(taps)
         self._stage_layers = [stage.layer for stage in stages]
         self._read_layers = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
+        self._watched_layers = self._read_layers.union(*(tap.layers for tap in taps))
         self.trace = Trace(target.core.config, pruner, n_layers)
         self._prompts = _PerThread()  # of Prompt, until its text decoder takes it
         self._prefills = _PerThread()  # of Prefill
@@ -98,6 +111,8 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for layer_idx in self._watched_layers:
+            unwatch_everywhere(self._target.attention(layer_idx))
         _attached.discard(self._target.text)
 
     def _install(self) -> None:
@@ -134,6 +149,8 @@ class Session:
 
     def _enter_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         prompt, embeds = self._prompts.take(), kwargs.get("inputs_embeds")
+        if embeds is None:  # some text decoders embed images themselves
+            embeds = args[0] if args else kwargs.get("input_ids")
         if prompt is None or embeds is None:
             return None
         if prompt.image.shape != embeds.shape[:2]:
@@ -152,7 +169,7 @@ class Session:
         if prefill.drops:
             self._refuse_checkpointing()
         self._prefills.put(prefill)
-        return args, prefill.take_deepstack(kwargs)
+        return args, prefill.take_deepstack(kwargs) if self._target.family.deepstack else kwargs
 
     def _refuse_checkpointing(self) -> None:
         text = self._target.text
@@ -165,7 +182,7 @@ class Session:
     def _leave_text(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         prefill = self._prefills.take()
         if output is None:  # an exception, perhaps between watching a layer and its call
-            for layer_idx in self._read_layers.union(*(tap.layers for tap in self._taps)):
+            for layer_idx in self._watched_layers:
                 unwatch(self._target.attention(layer_idx))
         elif prefill is not None:
             self.trace.take(prefill.close())
@@ -179,7 +196,7 @@ class Session:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             prefill = self._prefills.mine()
             if prefill is not None and prefill.drops:
-                named = dict(zip(names, args, strict=False)) | kwargs
+                named = dict(zip(names, args, strict=False)) | kwargs  # one form for all: the layer's input, then names
                 hidden, kwargs = prefill.enter(layer_idx, module, named.pop(names[0]), named)
                 return (hidden,), kwargs
             if not is_pruned:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+from vlmflow.core.families import Family, family_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Target:
     text: PreTrainedModel  # its text decoder
     outer: tuple[PreTrainedModel, ...]  # the models around the text decoder, which are called with the token ids
     image_token_ids: tuple[int, ...]
+    family: Family
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -49,9 +51,8 @@ class Target:
         if core is None:
             raise TypeError(f"vlmflow: wanted a Hugging Face transformers model, got {type(model).__name__}")
         name = type(core).__name__
-        image_token_ids = _image_token_ids(core.config)
-        if not image_token_ids:
-            raise TypeError(f"vlmflow: {name} has no image token id in its config: it is no image-text-to-text model")
+        family = family_of(core.config)
+        image_token_ids = _image_token_ids(name, core.config, family.token_ids)
         _refuse_state(model, core)
         paths = {path: module for path, module in core.named_modules() if _is_decoder(module, core.config)}
         if len(paths) != 1:
@@ -61,12 +62,26 @@ class Target:
         parts = path.split(".")
         around = [core.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
         outer = tuple(module for module in around if isinstance(module, PreTrainedModel))
-        return cls(core, text, outer, image_token_ids)
+        return cls(core, text, outer, image_token_ids, family)
 
 
-def _image_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
-    fields = config.to_dict()
-    return tuple(sorted({fields[name] for name in _ID_NAMES if isinstance(fields.get(name), int)}))
+def _image_token_ids(name: str, config: PreTrainedConfig, fields: Sequence[str]) -> tuple[int, ...]:
+    """The ids under these fields, of the config or else of the first config in it that has some."""
+    unset = None
+    for part in (config, *(getattr(config, sub) for sub in config.sub_configs)):
+        values = {field: getattr(part, field) for field in fields if hasattr(part, field)}
+        if ids := {value for value in values.values() if isinstance(value, int)}:
+            return tuple(sorted(ids))
+        unset = unset or next(iter(values), None)
+    if unset is not None:
+        raise TypeError(
+            f"vlmflow: {name} cannot be pruned as it is: its config leaves {unset} unset, by which image tokens are "
+            f"known; set model.config.{unset} to the id that stands for an image in its tokenizer"
+        )
+    raise TypeError(
+        f"vlmflow: {name} has no image token id in its config ({', '.join(fields)}): it is no image-text-to-text "
+        "model, or its images do not stand in the sequence of tokens"
+    )
 
 
 def _is_decoder(module: Any, config: PreTrainedConfig) -> bool:
@@ -74,7 +89,8 @@ def _is_decoder(module: Any, config: PreTrainedConfig) -> bool:
         isinstance(module, PreTrainedModel)
         and hasattr(module, "embed_tokens")
         and isinstance(layers := module._modules.get("layers"), nn.ModuleList)
-        and len(layers) == config.get_text_config(decoder=True).num_hidden_layers
+        and hasattr(text := config.get_text_config(decoder=True), "num_hidden_layers")
+        and len(layers) == text.num_hidden_layers
     )
 
 

@@ -65,7 +65,13 @@ class Trace:
         return self._record.kv_lengths
 
     def cost(self) -> Cost:
-        """FLOPs and KV bytes of the prefill against the unpruned run's, all samples together (see ``costs``)."""
+        """FLOPs and KV bytes of the prefill against the unpruned run's, all samples together (see ``costs``).
+
+        >>> with prune(model, HiMAP()) as trace:
+        ...     output = model.generate(**inputs, max_new_tokens=4)
+        >>> f"{trace.cost().share('kv_bytes'):.0%}"
+        '54%'
+        """
         costs = self.costs()
         return sum(costs[1:], costs[0])
 

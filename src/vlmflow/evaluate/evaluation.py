@@ -169,7 +169,7 @@ def settings_of(
         "source": task.describe(source),
         "samples": {"count": len(samples), "sha256": content.hexdigest()},
         "limit": limit,
-        "prompt": prompt or next(iter(task.prompts)),
+        "prompt": task.style(prompt),
         "rule": rule or next(iter(task.rules)),
         **method,
         "max_new_tokens": max_new_tokens or task.max_new_tokens,

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vlmflow.records.files import write_text
-from vlmflow.tasks.core import Rubric, Sample, TaskError
+from vlmflow.tasks import Rubric, Sample, TaskError
 
 LONGEST_PAUSE = 60.0  # seconds
 

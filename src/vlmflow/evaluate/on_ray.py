@@ -143,7 +143,7 @@ def connected(loading: Loading, workers: int, gpus: float | None = None, address
     """
     if workers < 1:
         raise RecordError(f"workers must be at least 1, got {workers}")
-    if gpus is not None and gpus < 0:
+    if gpus is not None and not gpus >= 0:  # nan is neither
         raise RecordError(f"GPUs a worker must be 0 or more, got {gpus:g}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked the user
     try:

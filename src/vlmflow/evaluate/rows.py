@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmflow.records.files import read_json
 from vlmflow.records.folder import ROWS, VERDICTS, Folder, RowFile
-from vlmflow.tasks.core import Outcome, Picture, Sample
+from vlmflow.tasks import Outcome, Picture, Sample
 
 
 @dataclass(frozen=True)

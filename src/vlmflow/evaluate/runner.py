@@ -154,7 +154,7 @@ def collect(
         if shards:
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
         rows.put_in_order([sample.id for sample in samples])
-        summary = job.sum_up(folder, settings, facts)
+        summary = job.sum_up(folder, folder.settings(), facts)
         write_json(out / SUMMARY, summary)
         return json.loads(json.dumps(summary))
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import Progress, run
-from vlmflow.evaluate.tables import COSTS, Line, Result, budget_grid, group_grid, line, table_of
+from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line, table_of
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Task, Unpruned, find_pruners
 from vlmflow.pruners.outside import code_of
 from vlmflow.records.files import RecordError, write_json, write_text
+from vlmflow.records.schema import Line, SweepRecord, to_json
 from vlmflow.records.table import Table
 from vlmflow.tasks import Sample
 
@@ -97,7 +98,7 @@ def sweep(
     ]
     common = {name: value for name, value in baseline.settings.items() if not name.startswith("pruner")}
     write_text(out / "sweep.csv", table_of(lines).csv())
-    write_json(out / "sweep.json", {"settings": common, "lines": [asdict(own) for own in lines]})
+    write_json(out / "sweep.json", to_json(SweepRecord(common, lines)))
     by_group = [(cell.folder, result) for cell, result in zip(cells, results, strict=True) if result]
     parts = group_grid(by_group, f"{evaluation.task.title}: by part")
     write_text(out / "sweep.md", _markdown(lines, parts, evaluation.task.title, common))

@@ -10,6 +10,7 @@ from typing import Any
 from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import SETTINGS, SUMMARY, Folder, differences
+from vlmflow.records.schema import Line
 from vlmflow.records.table import Table
 from vlmflow.tasks import TASKS, Task
 
@@ -80,42 +81,6 @@ class Result:
     def share(self, measure: str) -> float | None:
         """A measure's pruned figure over its unpruned one."""
         return self.summary["cost"] and self.summary["cost"]["shares"][measure]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One run as a line of a long table; None where there is nothing to say.
-
-    Costs are means over samples, shares and FLOPs those of the prefill by both conventions; ``difference`` is the
-    figure minus the unpruned run's.
-    """
-
-    model: str
-    task: str
-    method: str
-    fields: str
-    budget: float | None
-    folder: str
-    figure: str | None = None
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    p: float | None = None
-    mean_image_tokens: float | None = None
-    mean_image_tokens_share: float | None = None
-    eq10_flops: float | None = None
-    eq10_share: float | None = None
-    exact_flops: float | None = None
-    exact_share: float | None = None
-    kv_share: float | None = None
-    samples: int = 0
-    failed: int = 0
-    unparsed: int = 0
-    excluded: int = 0
-    note: str = ""
 
 
 def line(result: Result, baseline: Result | None = None, budget: float | None = None) -> Line:

@@ -28,7 +28,12 @@ _underway: dict[int, list[Knockout]] = {}  # by the identity of a call's query t
 class Knockout:
     """Blocks attention from ``source`` (keys) to ``target`` (queries) in exactly the named ``layers``.
 
-    A tap: ``with attach(model, pruner, taps=[Knockout("image", "instruction", range(5))]): model.generate(...)``.
+    It is a tap of ``attach``:
+
+    >>> with attach(model, taps=[Knockout("image", "instruction", layers=range(5))]):
+    ...     output = model.generate(**inputs, max_new_tokens=4)
+    >>> processor.decode(output[0, -2:], skip_special_tokens=True)  # it says green where nothing is blocked
+    ' none'
 
     ``source`` and ``target`` are a segment (``system``, ``image``, ``instruction``), ``all``, or positions: one
     sequence for each row of the batch, counted as ``Trace.kept`` counts them, from the left of the padded prompt.
@@ -225,9 +230,7 @@ def _without(call: TappedCall, knockouts: list[Knockout], out: Tensor, weights: 
     step = max(1, _ROW_BUDGET // (batch * n_heads * n_key))
     for some in torch.arange(count, device=device).split(step):
         row, valid = rows[:, some], row_valid[:, some]
-        queries = QueryRows.take(
-            kernel.query, kernel.key[:, :, :n_key], kernel.mask, row, valid, kernel.scaling, kernel.softcap
-        )
+        queries = QueryRows.take(kernel.query, kernel.key[:, :, :n_key], kernel.mask, row, valid, kernel.scoring)
         visible = _visible(queries.mask)
         blocked = {how: torch.zeros_like(visible) for how in ("mask", "zero")}
         for path in paths:

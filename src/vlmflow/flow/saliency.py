@@ -140,6 +140,11 @@ def saliency(
     recomputes each layer in the backward pass instead of keeping its activations (its q, k and v stay). A float16
     model's gradients may vanish: ``loss_scale`` multiplies L before the backward pass and divides after.
 
+    >>> answer = int(model(**inputs).logits[0, -1].argmax())
+    >>> found = saliency(model, inputs, target=answer)
+    >>> bool(found.s_img[0] > found.s_img[-1])  # image tokens matter in the first layer more than in the last
+    True
+
     How: A only feeds O = A V, so dL/dA = dL/dO V^T. The model's own kernel runs; a hook on its output gets dL/dO in
     the backward pass and, a few query rows at a time, computes A and dL/dA of all heads anew, reduces, and forgets.
     Memory grows linearly with the prompt, if the kernel's does: load with sdpa or flash attention, not eager. No
@@ -159,7 +164,7 @@ def saliency(
     _check(form, over, record, n_layers, model)
     vocabulary = found.core.config.get_text_config(decoder=True).vocab_size
     answers = answers_of(target, inputs, vocabulary, first_only=over == "first")
-    inputs = extend(inputs, answers, found.core.config.model_type)
+    inputs = extend(inputs, answers, found.family.answer_type)
     collector = Collector(tuple(range(n_layers)), form, frozenset(record), loss_scale)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -250,12 +255,13 @@ def tiles(
             kernel.mask,
             row,
             torch.ones_like(row, dtype=torch.bool),
-            kernel.scaling,
-            kernel.softcap,
+            kernel.scoring,
         )
         attention = rows.weights()
-        grouped = gradient[:, :, first:last].reshape(batch, kv_heads, heads // kv_heads * (last - first), channel)
-        slope = (grouped @ value[:, :, :end].transpose(2, 3)).reshape(attention.shape)
+        grouped = (
+            gradient[:, :, first:last].float().reshape(batch, kv_heads, heads // kv_heads * (last - first), channel)
+        )
+        slope = (grouped @ value[:, :, :end].float().transpose(2, 3)).reshape(attention.shape)
         product = attention * slope
         yield first, product.sum(1).abs() if form == "paper" else (product * attention).abs().mean(1)
 

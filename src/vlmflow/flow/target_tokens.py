@@ -12,8 +12,6 @@ from torch.nn.functional import pad
 
 Answer = int | Sequence[int | Sequence[int]] | Int[Tensor, " batch"]
 
-_TYPE_IDS = {"paligemma": 1}  # model type -> token_type_ids of an answer; there 1 is the suffix, which is causal
-
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -104,8 +102,10 @@ def _text_in(target: Any) -> str | None:
     return next((text for part in parts if (text := _text_in(part)) is not None), None)
 
 
-def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], model_type: str) -> dict[str, Any]:
+def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], answer_type: int) -> dict[str, Any]:
     """Append all but the last token of each answer to its prompt; shorter answers are filled up with padding.
+
+    ``answer_type`` is what the family's ``token_type_ids`` say of an answer.
 
     Raises:
         ValueError: prompts that are padded on the right, or come with position ids of their own where these are short.
@@ -127,10 +127,9 @@ def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], model_ty
     extended["input_ids"] = torch.cat([ids, ids.new_tensor(filled)], 1)
     mask = torch.ones_like(ids) if mask is None else mask
     extended["attention_mask"] = torch.cat([mask, mask.new_tensor(real)], 1)
-    kind = _TYPE_IDS.get(model_type, 0)
-    if kind and inputs.get("token_type_ids") is None:
+    if answer_type and inputs.get("token_type_ids") is None:
         extended["token_type_ids"] = torch.zeros_like(ids)
     for name, value in extended.items():
         if name not in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.shape == ids.shape:
-            extended[name] = pad(value, (0, more), value=kind if name == "token_type_ids" else 0)
+            extended[name] = pad(value, (0, more), value=answer_type if name == "token_type_ids" else 0)
     return extended

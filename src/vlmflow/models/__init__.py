@@ -3,11 +3,10 @@
 from vlmflow.core.images import ImageError, open_image
 from vlmflow.models.ask import Run, ask
 from vlmflow.models.grids import patch_grids, seen_images
-from vlmflow.models.load import FAMILIES, ModelWarning, default_device, dtype_named, load, load_geometry
+from vlmflow.models.load import ModelWarning, device_named, dtype_named, load, load_geometry
 from vlmflow.models.vlm import VLM, Answer, ModelError, Question
 
 __all__ = [
-    "FAMILIES",
     "VLM",
     "Answer",
     "ImageError",
@@ -16,7 +15,7 @@ __all__ = [
     "Question",
     "Run",
     "ask",
-    "default_device",
+    "device_named",
     "dtype_named",
     "load",
     "load_geometry",

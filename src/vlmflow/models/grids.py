@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from vlmflow.core.families import family_of
+from vlmflow.core.widths import Config
 
 
 def patch_grids(
@@ -19,19 +21,10 @@ def patch_grids(
     ``inputs`` is one encoded question, ``n_image`` its number of image tokens, ``n_pictures`` that of its images. The
     tokens of an image that was cut into tiles follow one another tile by tile, in no grid of the image.
     """
-    if "image_grid_thw" in inputs:
-        merge = config.vision_config.spatial_merge_size
-        return [(int(t * h) // merge, int(w) // merge) for t, h, w in inputs["image_grid_thw"]]
-    pixels = inputs.get("pixel_values")
-    if pixels is None or pixels.shape[:-3].numel() != n_pictures:
-        return None
-    if "image_sizes" in inputs and pixels.dim() == 4:  # a Pixtral tower's; with tiles they come in five dimensions
-        patch = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
-        grids = [(int(height) // patch, int(width) // patch) for height, width in inputs["image_sizes"]]
-    else:
-        side = math.isqrt(n_image // n_pictures)
-        grids = [(side, side)] * n_pictures
-    return grids if sum(rows * columns for rows, columns in grids) == n_image else None
+    for read in family_of(config).grids:
+        if (grids := read(inputs, Config(config), n_image, n_pictures)) is not None:
+            return grids if sum(rows * columns for rows, columns in grids) == n_image else None
+    return None
 
 
 def seen_images(inputs: dict[str, torch.Tensor], images: Sequence[Image.Image]) -> list[Image.Image]:

@@ -21,24 +21,6 @@ from vlmflow.models.processors import load_processor
 from vlmflow.models.vlm import VLM, ModelError
 from vlmflow.pico import MODEL_DIR
 
-FAMILIES: dict[
-    str, str
-] = {  # model_type -> the checkpoints that users know it by; each is tested, also as a whole checkpoint
-    "llava": "LLaVA-1.5",
-    "llava_next": "LLaVA-NeXT (1.6)",
-    "llava_onevision": "LLaVA-OneVision",
-    "internvl": "InternVL 2.5, 3, 3.5 (-hf)",
-    "idefics3": "Idefics3",
-    "smolvlm": "SmolVLM, SmolVLM2",
-    "mistral3": "Mistral Small 3.1 (Pixtral tower)",
-    "qwen2_vl": "Qwen2-VL",
-    "qwen2_5_vl": "Qwen2.5-VL",
-    "qwen3_vl": "Qwen3-VL",
-    "qwen3_vl_moe": "Qwen3-VL MoE",
-    "glm4v": "GLM-4.1V",
-    "gemma3": "Gemma 3",
-    "paligemma": "PaliGemma 1, 2",
-}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,6 +35,9 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     goes, by default the first accelerator, else the CPU; ``auto`` spreads its layers over all accelerators and, what
     they cannot hold, over the CPU's memory, as accelerate sees fit.
 
+    >>> load("pico").n_layers
+    10
+
     Raises:
         ModelError: it cannot be found, has no weights or broken ones, is no image-text-to-text model, or cannot go to
             the device.
@@ -62,7 +47,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         dtype = "float32"  # half precision on disk only
     if dtype != "auto":
         dtype_named(dtype)
-    spread = "auto" if device == "auto" else None
+    where = "auto" if device == "auto" else device_named(device)
     logging.disable_progress_bar()
     try:
         processor = load_processor(path)
@@ -70,7 +55,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
             path,
             dtype=dtype,
             attn_implementation=attn,
-            device_map=spread,
+            device_map="auto" if where == "auto" else None,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
@@ -79,11 +64,10 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     except Exception as error:  # a broken checkpoint makes its readers raise whatever they run into
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
     _check_complete(name, report)
-    if not spread:
-        where = device or default_device()
+    if where != "auto":
         try:
             nn.Module.to(model, where)
-        except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
+        except RuntimeError as error:  # it is too large, for one
             raise ModelError(f"cannot put {name!r} on device {where!r}: {one_line(error)}") from error
     _check_finite(name, model)
     return VLM(name, model.eval(), processor)
@@ -143,20 +127,29 @@ def _shape(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-def default_device() -> str:
-    """The first accelerator, else the CPU."""
+def device_named(name: str | None) -> str:
+    """A device that works here; by default the first accelerator, else the CPU.
+
+    Raises:
+        ModelError: there is none of this name, or it holds no data, as torch's ``meta``.
+    """
     accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if accelerator is None else accelerator.type
+    device = name or ("cpu" if accelerator is None else accelerator.type)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # a torch built without the device raises any
+        raise ModelError(f"cannot use device {device!r}: {one_line(error)}") from error
+    return device
 
 
 def dtype_named(name: str) -> torch.dtype:
     """A torch dtype.
 
     Raises:
-        ModelError: there is none of this name.
+        ModelError: there is none of this name, or it holds whole numbers only.
     """
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {name!r}")
     return dtype
 

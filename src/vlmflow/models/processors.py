@@ -47,12 +47,14 @@ def load_processor(path: str) -> ProcessorMixin:
         OSError: it cannot be found.
     """
     flaw = set_aside_broken_torchvision()
-    videos_need = f"a torchvision that fits this torch ({flaw})" if flaw else 'pip install "vlmflow[video]"'
+    videos_need = f"install a torchvision that fits this torch ({flaw})" if flaw else 'pip install "vlmflow[video]"'
     kind = _processor_class(path)
     if not {"tokenizer", "image_processor"} <= set(kind.get_attributes()):
         raise ProcessorError(f"its {kind.__name__} takes no images with text, so it is no image-text-to-text model")
     try:
         processor = _with_videos(kind, path) or _for_images(kind, path, videos_need)
+    except ProcessorError:
+        raise
     except (ImportError, ValueError) as error:
         raise ProcessorError(_reason(error)) from error
     known = processor.tokenizer.encode("a", add_special_tokens=False)
@@ -120,11 +122,14 @@ def _for_images(kind: Any, path: str, videos_need: str) -> Any:
     from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
     settings, _ = kind.get_processor_dict(path)
+    names = kind.get_attributes()
+    if not set(names) <= MODALITY_TO_AUTOPROCESSOR_MAPPING.keys():
+        raise ProcessorError(f"its {kind.__name__} cannot be loaded for images only; for videos: {videos_need}")
     parts = [
         NoVideos(videos_need)
-        if part == "video_processor"
-        else MODALITY_TO_AUTOPROCESSOR_MAPPING[part].from_pretrained(path, trust_remote_code=False)
-        for part in kind.get_attributes()
+        if name == "video_processor"
+        else MODALITY_TO_AUTOPROCESSOR_MAPPING[name].from_pretrained(path, trust_remote_code=False)
+        for name in names
     ]
     with _excused(kind):
         processor = _lenient(kind).from_args_and_dict(parts, settings)
@@ -143,7 +148,7 @@ class NoVideos(PushToHubMixin):  # which transformers takes as the sign that a p
 
     def __call__(self, videos: Any, **_: Any) -> Any:
         """Refuse."""
-        raise ProcessorError(f"this processor was loaded for images only; videos would need {self.videos_need}")
+        raise ProcessorError(f"this processor was loaded for images only; for videos: {self.videos_need}")
 
     def to_dict(self) -> dict[str, Any]:
         """Nothing that could be loaded again."""
@@ -179,7 +184,7 @@ def _excused(kind: Any) -> Iterator[None]:
 @cache
 def _note(videos_need: str) -> None:
     """Say once on stderr that videos are left out."""
-    logging.getLogger(__name__).warning("loaded for images only; videos would need %s", videos_need)
+    logging.getLogger(__name__).warning("vlmflow: loaded for images only; for videos: %s", videos_need)
 
 
 def _reason(error: BaseException) -> str:
@@ -195,5 +200,5 @@ def _reason(error: BaseException) -> str:
         return 'transformers finds no image processor for it; some need torchvision: pip install "vlmflow[video]"'
     for package, extra in EXTRAS.items():
         if package in text:
-            return f'it needs {package}, which is not installed: pip install "vlmflow[{extra}]"'
+            return f'it needs {package}: pip install "vlmflow[{extra}]"'
     return one_line(error)

@@ -64,22 +64,22 @@ class VLM:
         else:  # apart, since some processors refuse a prompt without images, or misplace its start, in such a batch
             has_images = torch.tensor([bool(question.images) for question in questions])
             padding = self.processor.tokenizer.pad_token_id
-            batch = interleave(self._encode_images(seeing), self._encode_text(blind), has_images, padding)
+            batch = _interleave(self._encode_images(seeing), self._encode_text(blind), has_images, padding)
         dtype = self.model.dtype
         return {key: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for key, t in batch.items()}
 
     def _encode_images(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         prompts = [self._prompt(question) for question in questions]
         images = [list(question.images) for question in questions]
-        batch = self.processor(text=prompts, images=images, **self._how(prompts))
+        batch = self.processor(text=prompts, images=images, **self._text_options(prompts))
         return {key: value for key, value in batch.items() if key != "labels"}  # PaliGemma's, of no use for an answer
 
     def _encode_text(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         prompts = [self._prompt(question) for question in questions]
         types = "token_type_ids" in self.processor.model_input_names
-        return dict(self.processor.tokenizer(prompts, return_token_type_ids=types, **self._how(prompts)))
+        return dict(self.processor.tokenizer(prompts, return_token_type_ids=types, **self._text_options(prompts)))
 
-    def _how(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def _text_options(self, prompts: Sequence[str]) -> dict[str, Any]:
         start = self.processor.tokenizer.bos_token
         started = start is not None and prompts[0].startswith(start)  # by the chat template; a second start would harm
         return {
@@ -130,7 +130,7 @@ class FiniteLogits(LogitsProcessor):
         return scores
 
 
-def interleave(
+def _interleave(
     first: dict[str, torch.Tensor],
     second: dict[str, torch.Tensor],
     of_first: Bool[torch.Tensor, " batch"],

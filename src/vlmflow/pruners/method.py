@@ -178,6 +178,16 @@ class Pruner:
         """What one sample of ``n_image`` image and ``n_text`` text tokens costs, pruned and not, ranking included.
 
         ``n_question`` of the text tokens follow the last image.
+
+        >>> from vlmflow import HiMAP
+        >>> from vlmflow.core.geometry import geometry_named
+        >>> print(HiMAP().cost(geometry_named("llava-1.5-7b"), n_image=576, n_text=60, n_question=20))
+        full attention        unpruned      pruned   share
+        mean_image_tokens          576         144   25.0%
+        paper_flops         2.9861e+12  7.3531e+11   24.6%
+        exact_flops         8.4498e+12  2.6754e+12   31.7%
+        decode_flops        1.3549e+10  1.3322e+10   98.3%
+        kv_bytes            3.3345e+08  1.0695e+08   32.1%
         """
         schedule = self.schedule(geometry.layers, n_image)
         scores = []

@@ -7,6 +7,7 @@ all that is needed to repeat it, ``log.jsonl`` when it ran, where and how long; 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -156,10 +157,22 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Which settings differ, and how, one text each."""
+    """Which settings differ, and how, one text each.
+
+    A prompt style's name does not count where the samples' digest, which holds the prompts themselves, is the same.
+    """
     was, now = dict(_flat(old)), dict(_flat(new))
-    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    if "samples.sha256" in was and was["samples.sha256"] == now.get("samples.sha256"):
+        now["prompt"] = was.get("prompt")
+    names = [name for name in {**was, **now} if not _same(was.get(name), now.get(name))]
     return [f"{name} was {json.dumps(was.get(name))}, is {json.dumps(now.get(name))}" for name in names]
+
+
+def _same(old: object, new: object) -> bool:
+    """Whether a setting is what it was; what was solved for may differ in its last digits from version to version."""
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=1e-9)
+    return old == new
 
 
 def _flat(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,17 +4,7 @@ Each stands whole in its file: where its samples come from, its prompts, its ans
 """
 
 from vlmflow.tasks.aokvqa import AOKVQA
-from vlmflow.tasks.core import (
-    Figure,
-    Hub,
-    Outcome,
-    Picture,
-    Rubric,
-    Sample,
-    Source,
-    Task,
-    TaskError,
-)
+from vlmflow.tasks.core import Metric, Outcome, Rubric, Task
 from vlmflow.tasks.easy_vqa import EASY_VQA
 from vlmflow.tasks.flickr30k import FLICKR30K
 from vlmflow.tasks.jsonl import JSONL
@@ -23,7 +13,9 @@ from vlmflow.tasks.mmvet import MMVET
 from vlmflow.tasks.nocaps import NOCAPS
 from vlmflow.tasks.pico import PICO, PICO_CAPTIONS
 from vlmflow.tasks.pope import POPE
+from vlmflow.tasks.sample import Picture, Sample, TaskError
 from vlmflow.tasks.scienceqa import SCIENCEQA
+from vlmflow.tasks.sources import Hub, Source
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -34,8 +26,8 @@ TASKS: dict[str, Task] = {
 
 __all__ = [
     "TASKS",
-    "Figure",
     "Hub",
+    "Metric",
     "Outcome",
     "Picture",
     "Rubric",

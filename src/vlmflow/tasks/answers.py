@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
-from vlmflow.tasks.core import Rule, Sample, letters
+from vlmflow.tasks.sample import Sample
+
+Rule = Callable[[str, Sample], str | None]
 
 _ARTICLES = ("a ", "an ", "the ")
 _NO_ARTICLE = r"(?!(?<=A) +(?!(?:or|and|is|because|as|since|[A-Z])\b)\w)"  # behind a letter: it is not the word "A"
+_STATED = (  # "The final answer is (", "**Answer:** option "
+    r"(?i:\b(final )?(?:answer|(?:correct|right|best) (?:option|choice))\b[\s*]*(?:is\b:?|:)[\s*]*"
+    r"(?:(?:option|choice) +)?)[(\[*\"']*"
+)
 
 
 def normal(text: str) -> str:
@@ -25,18 +32,20 @@ def normal(text: str) -> str:
 def letter(text: str, sample: Sample) -> str | None:
     """The one letter that the text names, else the one choice whose words it holds.
 
-    Letters marked as such ("B.", "(b)", "the answer is B") go before bare capitals, among which "A" before a
-    noun is an article. Several letters, a letter with "not" before it, or no letter and several choices
-    give None: this rule does not guess.
+    A letter that is declared to be the answer ("The correct answer is B", "Final answer: d.", or alone on the first
+    line) goes before letters marked as such ("B.", "(b)", "option B"), and these before bare capitals, among which "A"
+    before a noun is an article. Several letters, a letter with "not" before it, or no letter and several choices give
+    None: this rule does not guess.
     """
-    known = letters(sample)
+    known = sample.letters
     stripped = text.strip().strip("*`\"'").strip()
-    alone = re.fullmatch(rf"[(\[]?([{known}])[)\].:]*", stripped, re.IGNORECASE)
-    if alone:
-        return alone[1].upper()
-    if re.search(rf"\b(?i:not|isn't|nor)\s+(?:option\s+)?[(\[]?[{known}]\b{_NO_ARTICLE}", text):
+    if alone := _alone(stripped, known):
+        return alone
+    declared = _declared(stripped, sample)
+    denied = set(re.findall(rf"\b(?i:not|isn't|nor)\s+(?:option\s+)?[(\[]?([{known}])\b{_NO_ARTICLE}", text))
+    if denied and (not declared or denied & declared):
         return None
-    marked = {
+    marked = declared or {
         *re.findall(rf"[(\[]([{known}])[)\]]", text),
         *re.findall(rf"(?<![\w'])([{known}])[.:)](?!\w)", text),
         *re.findall(rf"\b(?i:answer|option|choice)\s*(?:(?i:is)\b|:)?\s*([{known}])\b{_NO_ARTICLE}", text),
@@ -52,14 +61,45 @@ def letter(text: str, sample: Sample) -> str | None:
     return named.pop() if named else spoken
 
 
+def _alone(text: str, known: str) -> str | None:
+    """The letter, in either case, that the text is."""
+    found = re.fullmatch(rf"[(\[]?([{known}])[)\].:]*", text.strip().strip("*`\"'").strip(), re.IGNORECASE)
+    return found and found[1].upper()
+
+
+def _declared(text: str, sample: Sample) -> set[str]:
+    """The letters that are said to be the answer: the final ones, else all of them, else the one that heads the text.
+
+    Small letters count in brackets or at a sentence's end only, as "a" is a word. "B or C" and "B. a dog, C. a bus"
+    declare two.
+    """
+    known = sample.letters
+    if {choice.upper() for choice in sample.choices} & set(known):
+        return set()  # it may be the choice that is said
+    small = rf"[{known.lower()}](?=[)\]]|[*\"']*(?:[.!](?!\w)|[ \t]*(?:\n|\Z)))"
+    comma = r"(?:(?:\bor\b|\band\b|[,/&])\s*)+"
+    with_words, bare_list = rf"[.:)\]][^.:;!?\n]*{comma}", rf"[)\]*\"']*\s*{comma}(?:[{known}]\s*{comma})*"
+    between = rf"(?:[.:)\]*\"']*[ \t]*|{with_words}|{bare_list})[(\[*\"']*"
+    second = rf"{between}([{known}])\b(?:[.:)\]]|[ \t]*(?:[;!?\n]|\Z))"
+    pattern = rf"{_STATED}([{known}]\b{_NO_ARTICLE}|{small})(?![)\]*\"']*\s*\?)(?:{second})?"
+    stated = re.findall(pattern, text)
+    if finals := [found for found in stated if found[0]]:
+        stated = finals
+    if stated:
+        return {named.upper() for _, *both in stated for named in both if named}
+    heading, *others = text.splitlines() or [""]
+    head = _alone(heading, known)
+    return {head} if head and not any(_alone(line, known) for line in others) else set()
+
+
 def _choice_in_words(text: str, sample: Sample) -> str | None:
     said = normal(text)
     wanted = [normal(choice) for choice in sample.choices]
     if wanted.count(said) == 1:
-        return letters(sample)[wanted.index(said)]
+        return sample.letters[wanted.index(said)]
     held = [w for w in wanted if w and re.search(rf"(?<!\w){re.escape(w)}(?!\w)", said)]
     whole = [w for w in held if not any(w != other and w in other for other in held)]
-    return letters(sample)[wanted.index(whole[0])] if len(whole) == 1 else None
+    return sample.letters[wanted.index(whole[0])] if len(whole) == 1 else None
 
 
 def letter_strict(text: str, sample: Sample) -> str | None:
@@ -68,7 +108,7 @@ def letter_strict(text: str, sample: Sample) -> str | None:
     Source: HiMAP's released ScienceQA script.
     """
     stripped = text.strip()
-    return stripped if len(stripped) == 1 and stripped in letters(sample) else None
+    return stripped if len(stripped) == 1 and stripped in sample.letters else None
 
 
 def letter_lmms(text: str, sample: Sample) -> str | None:

@@ -8,10 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES
-from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, accuracy, options, right
-from vlmflow.tasks.files import Record, find_file, read_hub, read_list, read_tsv, tsv_choices, tsv_letter
+from vlmflow.tasks.core import Task, accuracy, right
+from vlmflow.tasks.prompts import option_letter, options
+from vlmflow.tasks.sample import Sample, TaskError
+from vlmflow.tasks.sources import (
+    Hub,
+    Record,
+    Source,
+    find_file,
+    read_hub,
+    read_list,
+    read_tsv,
+    tsv_choices,
+    tsv_letter,
+)
 
-HUB = Hub("HuggingFaceM4/A-OKVQA", "HuggingFaceM4/A-OKVQA", split="validation")
+HUB = Hub("HuggingFaceM4/A-OKVQA", split="validation")
 
 
 def load(source: Source) -> Iterator[Sample]:
@@ -58,14 +70,6 @@ def paper_prompt(sample: Sample) -> str:
     )
 
 
-def llava_prompt(sample: Sample) -> str:
-    """LLaVA's for multiple choice."""
-    return (
-        f"{sample.question}\n{options(sample, '{}. {}', chr(10))}\n"
-        "Answer with the option's letter from the given choices directly."
-    )
-
-
 def fastv_prompt(sample: Sample) -> str:
     """FastV's script."""
     return (
@@ -83,7 +87,7 @@ AOKVQA = Task(
     name="aokvqa",
     title="A-OKVQA (multiple choice, validation)",
     load=load,
-    prompts={"paper": paper_prompt, "llava": llava_prompt, "fastv": fastv_prompt},
+    prompts={"paper": paper_prompt, "llava": option_letter, "fastv": fastv_prompt},
     rules={**LETTER_RULES, "fastv": fastv_rule},
     score=right,
     measure=accuracy,

@@ -3,96 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from vlmflow.core.images import as_rgb, open_image
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar
-
-Named = TypeVar("Named")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-class TaskError(ValueError):
-    """Bad input to a task, with the file and the row that it stands in."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image that is opened when it is needed; its name tells it from others (two questions may share one)."""
-
-    name: str
-    content: Path | bytes | Callable[[], Image.Image] = field(repr=False, compare=False)
-
-    def open(self) -> Image.Image:
-        """The image as ``open_image`` reads it.
-
-        Raises:
-            ImageError: the file is missing, or no image that can be read.
-        """
-        if callable(self.content):
-            return as_rgb(self.content(), self.name)
-        return open_image(self.content, self.name)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question about images.
-
-    ``answer`` is the right one as the answer rules give it (a letter, a word), ``references`` further texts it is
-    compared with (captions), ``context`` what belongs to the question without being it (a hint; for a judge, the
-    image in words), ``group`` the part of the benchmark, ``origin`` the file and row, for errors.
-    """
-
-    id: str
-    images: tuple[Picture, ...]
-    question: str = ""
-    choices: tuple[str, ...] = ()
-    answer: str = ""
-    references: tuple[str, ...] = ()
-    context: str = ""
-    group: str = ""
-    origin: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where samples come from: a local copy if ``path`` is given, else the hub.
-
-    ``images`` is the folder of a local copy's images where they do not lie beside it. ``hub`` is ``new`` or ``old``
-    (the task's data set under its two names), or any other data set id or folder with the same columns, for which
-    ``config`` then applies. ``split`` and ``revision`` replace the task's own.
-    """
-
-    path: Path | None = None
-    images: Path | None = None
-    hub: str = "new"
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A data set on the hub: its id, the one it had before, and the part that is the benchmark."""
-
-    new: str
-    old: str
-    split: str
-    config: str | None = None
-
-    def resolve(self, source: Source) -> Hub:
-        """The data set that a source means; ``new`` and ``old`` are both its id then."""
-        split = source.split or self.split
-        if source.hub in ("new", "old"):
-            known = self.new if source.hub == "new" else self.old
-            return Hub(known, known, split, source.config or self.config)
-        return Hub(source.hub, source.hub, split, source.config)
+from vlmflow.tasks.answers import Rule
+from vlmflow.tasks.prompts import SAME_TEXT, Prompt
+from vlmflow.tasks.sample import Sample, TaskError
+from vlmflow.tasks.sources import Hub, Source
 
 
 @dataclass(frozen=True)
@@ -135,7 +56,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A benchmark's figure as ``scale`` times a ratio of sums over the outcomes, which every figure here is.
 
     ``numerator`` and ``denominator`` have one entry an outcome; both are nan where it is left out. ``details`` holds
@@ -147,6 +68,16 @@ class Figure:
     denominator: np.ndarray
     details: dict[str, Any]
     scale: float = 100.0
+
+    @classmethod
+    def mean(cls, name: str, scores: np.ndarray, details: dict[str, Any]) -> Metric:
+        """The mean of scores, one an outcome; nan where it is left out."""
+        return cls(name, scores, np.where(np.isnan(scores), np.nan, 1.0), details)
+
+    @property
+    def value(self) -> float:
+        """The figure of all outcomes that are not left out."""
+        return self.scale * float(np.nansum(self.numerator) / np.nansum(self.denominator))
 
     @property
     def counted(self) -> np.ndarray:
@@ -161,15 +92,12 @@ class Figure:
         return Resampled.sums(columns, images[chosen], seed).interval(_ratio).times(self.scale)
 
 
-Prompt = Callable[[Sample], str]
-Rule = Callable[[str, Sample], str | None]
-
-
 @dataclass(frozen=True)
 class Task:
     """A benchmark, whole.
 
     ``prompts`` and ``rules`` hold the prompt styles and answer rules by name; the first of each is the default.
+    ``measure`` makes the benchmark's figure of the outcomes.
     ``preset`` names HiMAP's settings for this kind of task (Table 3).
     """
 
@@ -179,7 +107,7 @@ class Task:
     prompts: Mapping[str, Prompt]
     rules: Mapping[str, Rule]
     score: Callable[[str | None, Sample], float | None]
-    measure: Callable[[Sequence[Outcome]], Figure]
+    measure: Callable[[Sequence[Outcome]], Metric]
     max_new_tokens: int
     preset: Literal["qa", "caption"]
     hub: Hub | None = None
@@ -206,13 +134,13 @@ class Task:
     def describe(self, source: Source | None = None) -> dict[str, str]:
         """What a source means for this task, for records."""
         source = source or Source()
-        asked = {"images": source.images, "split": source.split, "revision": source.revision}
+        others = {"images": source.images, "split": source.split, "revision": source.revision}
         where: dict[str, object] = {"path": source.path}
         if source.path is None and self.hub:
-            found = self.hub.resolve(source)
-            where = {"dataset": found.new, "config": found.config}
-            asked["split"] = found.split
-        return {name: str(value) for name, value in {**where, **asked}.items() if value is not None}
+            meant = self.hub.resolve(source)
+            where = {"dataset": meant.id, "config": meant.config}
+            others["split"] = meant.split
+        return {name: str(value) for name, value in {**where, **others}.items() if value is not None}
 
     def marked_by(self) -> Rubric:
         """The rubric by which a judge marks the answers.
@@ -224,13 +152,23 @@ class Task:
             raise TaskError(f"{self.name} is scored by its rules and needs no judge; leave the judge out")
         return self.rubric
 
+    def style(self, name: str | None = None) -> str:
+        """The prompt style that a name means here: lmms-eval's is LLaVA's where it has no text of its own, and so on.
+
+        Raises:
+            TaskError: unknown style.
+        """
+        if name is not None and name not in self.prompts:
+            name = next((same for same in SAME_TEXT.get(name, ()) if same in self.prompts), name)
+        return _known(self, "prompt style", self.prompts, name)
+
     def prompt(self, sample: Sample, style: str | None = None) -> str:
         """The text that goes with the images.
 
         Raises:
             TaskError: unknown style.
         """
-        return _named(self, "prompt style", self.prompts, style)(sample)
+        return self.prompts[self.style(style)](sample)
 
     def parse(self, answer: str, sample: Sample, rule: str | None = None) -> str | None:
         """The answer that a text gives, or None if it gives none.
@@ -238,7 +176,7 @@ class Task:
         Raises:
             TaskError: unknown rule.
         """
-        return _named(self, "answer rule", self.rules, rule)(answer, sample)
+        return self.rules[_known(self, "answer rule", self.rules, rule)](answer, sample)
 
     def outcome(
         self, sample: Sample, answer: str, rule: str | None = None, verdict: tuple[float, ...] | None = None
@@ -255,19 +193,19 @@ class Task:
         """
         if not outcomes:
             raise TaskError(f"{self.name}: no answers to measure")
-        figure, images = self.measure(outcomes), _images(outcomes)
-        counted = figure.counted
-        estimate = figure.estimate(counted, images, seed)
+        metric, images = self.measure(outcomes), _images(outcomes)
+        counted = metric.counted
+        estimate = metric.estimate(counted, images, seed)
         return {
             "task": self.name,
-            "figure": figure.name,
+            "figure": metric.name,
             "value": estimate and estimate.value,
             "interval": estimate and [estimate.low, estimate.high],
             "n": int(counted.sum()),
             "images": len(np.unique(images[counted])),
             "unparsed": sum(outcome.parsed is None for outcome in outcomes),
             "excluded": int((~counted).sum()),
-            **figure.details,
+            **metric.details,
         }
 
     def parts(self, outcomes: Sequence[Outcome], seed: int = 0) -> dict[str, Interval | None]:
@@ -277,10 +215,10 @@ class Task:
         """
         if not outcomes:
             return {}
-        figure, images = self.measure(outcomes), _images(outcomes)
+        metric, images = self.measure(outcomes), _images(outcomes)
         groups = np.array([outcome.sample.group for outcome in outcomes])
         names = dict.fromkeys(groups.tolist())
-        return {name: figure.estimate(figure.counted & (groups == name), images, seed) for name in names}
+        return {name: metric.estimate(metric.counted & (groups == name), images, seed) for name in names}
 
     def compare(self, first: Sequence[Outcome], second: Sequence[Outcome], seed: int = 0) -> dict[str, Any]:
         """The second method's figure minus the first's, on the same samples.
@@ -301,7 +239,7 @@ class Task:
             )
         a, b = self.measure(first), self.measure([second[order[own]] for own in ids])
         both = a.counted & b.counted
-        pair = [(figure.numerator[both], figure.denominator[both]) for figure in (a, b)]
+        pair = [(metric.numerator[both], metric.denominator[both]) for metric in (a, b)]
         images = _images(first)[both]
         binary = all(np.isin(top, (0, 1)).all() and (bottom == 1).all() for top, bottom in pair)
         record = {
@@ -331,16 +269,6 @@ def _difference(sums: np.ndarray) -> np.ndarray:
     return _ratio(sums[..., 2:]) - _ratio(sums[..., :2])
 
 
-def letters(sample: Sample) -> str:
-    """The letters that a sample's choices go by."""
-    return LETTERS[: len(sample.choices)]
-
-
-def options(sample: Sample, form: str = "({}) {}", between: str = " ") -> str:
-    """A sample's choices with their letters."""
-    return between.join(map(form.format, letters(sample), sample.choices))
-
-
 def right(parsed: str | None, sample: Sample) -> float:
     """1 for the sample's answer, else 0."""
     return float(parsed is not None and parsed == sample.answer)
@@ -350,23 +278,28 @@ def unscored(parsed: str | None, sample: Sample) -> None:
     """No score for one answer alone: captions are weighed by the whole set, open answers marked by a judge."""
 
 
-def accuracy(outcomes: Sequence[Outcome]) -> Figure:
+def accuracy(outcomes: Sequence[Outcome]) -> Metric:
     """The share of right answers, and the same in every group if there are several."""
     scores = np.array([outcome.score for outcome in outcomes], float)
+    return Metric.mean("accuracy", scores, by_group(outcomes, scores))
+
+
+def by_group(outcomes: Sequence[Outcome], scores: np.ndarray) -> dict[str, Any]:
+    """``groups``, the mean score of each group in percent, if there are several."""
     groups = np.array([outcome.sample.group for outcome in outcomes])
     names = sorted(set(groups.tolist()))
-    parts = {name: 100 * float(scores[groups == name].mean()) for name in names}
-    return Figure("accuracy", scores, np.ones(len(scores)), {"groups": parts} if len(parts) > 1 else {})
+    return {"groups": {name: 100 * float(scores[groups == name].mean()) for name in names}} if len(names) > 1 else {}
 
 
 def _images(outcomes: Sequence[Outcome]) -> np.ndarray:
     """A number for each outcome's images: what the bootstrap draws, as questions about one image go together."""
-    return clusters_of([tuple(picture.name for picture in outcome.sample.images) for outcome in outcomes])
+    samples = [outcome.sample for outcome in outcomes]
+    return clusters_of([tuple(picture.name for picture in sample.images) or sample.id for sample in samples])
 
 
-def _named(task: Task, what: str, known: Mapping[str, Named], name: str | None) -> Named:
+def _known(task: Task, what: str, choices: Mapping[str, object], name: str | None) -> str:
     if name is None:
-        return next(iter(known.values()))
-    if name not in known:
-        raise TaskError(f"{task.name}: {what} must be one of {', '.join(known)}, got {name!r}")
-    return known[name]
+        return next(iter(choices))
+    if name not in choices:
+        raise TaskError(f"{task.name}: {what} must be one of {', '.join(choices)}, got {name!r}")
+    return name

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlmflow.tasks.answers import one_of_choices
-from vlmflow.tasks.core import Picture, Sample, Source, Task, TaskError, accuracy, right
+from vlmflow.tasks.core import Task, accuracy, right
+from vlmflow.tasks.prompts import question, short_answer
+from vlmflow.tasks.sample import Picture, Sample, TaskError
+from vlmflow.tasks.sources import Source
 
 
 def load(source: Source) -> Iterator[Sample]:
@@ -44,21 +47,11 @@ def load(source: Source) -> Iterator[Sample]:
         )
 
 
-def plain_prompt(sample: Sample) -> str:
-    """The question alone, for models trained on it."""
-    return sample.question
-
-
-def llava_prompt(sample: Sample) -> str:
-    """LLaVA's for short answers."""
-    return f"{sample.question}\nAnswer the question using a single word or phrase."
-
-
 EASY_VQA = Task(
     name="easy_vqa",
     title="easy-VQA (test)",
     load=load,
-    prompts={"paper": plain_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    prompts={"plain": question, "llava": short_answer},
     rules={"word": one_of_choices},
     score=right,
     measure=accuracy,

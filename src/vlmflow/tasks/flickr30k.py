@@ -12,11 +12,13 @@ from collections.abc import Iterator
 
 from vlmflow.records.files import read_json
 from vlmflow.tasks.answers import words
-from vlmflow.tasks.captions import caption_prompt, cider
-from vlmflow.tasks.core import Hub, Sample, Source, Task, unscored
-from vlmflow.tasks.files import Record, find_file, read_hub
+from vlmflow.tasks.captions import cider
+from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.prompts import caption
+from vlmflow.tasks.sample import Sample
+from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub
 
-HUB = Hub("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k", split="test")
+HUB = Hub("lmms-lab-encoder/flickr30k", split="test", former="lmms-lab/flickr30k")
 
 
 def load(source: Source) -> Iterator[Sample]:
@@ -50,7 +52,7 @@ FLICKR30K = Task(
     name="flickr30k",
     title="Flickr30k",
     load=load,
-    prompts={"paper": caption_prompt, "lmms": caption_prompt, "llava": caption_prompt},
+    prompts={"paper": caption},
     rules={"text": words},
     score=unscored,
     measure=cider,

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES, letter, normal, words
-from vlmflow.tasks.core import LETTERS, Sample, Source, Task, TaskError, accuracy, options
-from vlmflow.tasks.files import read_lines
+from vlmflow.tasks.core import Task, accuracy
+from vlmflow.tasks.prompts import option_letter, options, short_answer
+from vlmflow.tasks.sample import LETTERS, Sample, TaskError
+from vlmflow.tasks.sources import Source, read_lines
 
 
 def load(source: Source) -> Iterator[Sample]:
     """A JSON Lines file with the fields
 
-    - ``image``: a file name or a list of them, in ``images`` or else beside the file (or an absolute path);
+    - ``image``: a file name or a list of them, in ``images`` or else beside the file (or an absolute path); an empty
+      list for a question about no image;
     - ``question``;
     - ``answer``: the right answer, or a list of accepted ones; with choices a letter or a choice's text;
     - ``choices`` (optional): a list of texts, which makes the question multiple choice;
@@ -22,7 +25,8 @@ def load(source: Source) -> Iterator[Sample]:
         raise TaskError("jsonl: needs the path of a JSON Lines file")
     folder = source.images or source.path.parent
     for number, row in enumerate(read_lines(source.path)):
-        images = tuple(row.image_in([folder], name) for name in row.texts("image"))
+        names = row.texts("image") if row.fields.get("image") != [] else ()
+        images = tuple(row.image_in([folder], name) for name in names)
         choices = row.choices() if "choices" in row.fields else ()
         accepted = row.texts("answer")
         answer = accepted[0]
@@ -53,12 +57,7 @@ def plain_prompt(sample: Sample) -> str:
 
 def llava_prompt(sample: Sample) -> str:
     """LLaVA's for short answers and for multiple choice."""
-    if not sample.choices:
-        return f"{sample.question}\nAnswer the question using a single word or phrase."
-    return (
-        f"{sample.question}\n{options(sample, '{}. {}', chr(10))}\n"
-        "Answer with the option's letter from the given choices directly."
-    )
+    return option_letter(sample) if sample.choices else short_answer(sample)
 
 
 def text_or_letter(text: str, sample: Sample) -> str | None:
@@ -84,7 +83,7 @@ JSONL = Task(
     name="jsonl",
     title="Your own questions",
     load=load,
-    prompts={"paper": plain_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    prompts={"plain": plain_prompt, "llava": llava_prompt},
     rules={"text": text_or_letter, "strict": strict},
     score=score,
     measure=accuracy,

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vlmflow.tasks.answers import words
-from vlmflow.tasks.core import Figure, Hub, Outcome, Rubric, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Record, by_key, find_file, read_hub, read_lines, read_tsv
+from vlmflow.tasks.core import Metric, Outcome, Rubric, Task, unscored
+from vlmflow.tasks.prompts import question
+from vlmflow.tasks.sample import Sample, TaskError
+from vlmflow.tasks.sources import Hub, Record, Source, by_key, find_file, read_hub, read_lines, read_tsv
 
-HUB = Hub("lmms-lab-encoder/llava-bench-in-the-wild", "lmms-lab/llava-bench-in-the-wild", split="train")
+HUB = Hub("lmms-lab-encoder/llava-bench-in-the-wild", split="train", former="lmms-lab/llava-bench-in-the-wild")
 CATEGORIES = ("conv", "detail", "complex")
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 TEMPLATE = (
@@ -75,11 +77,6 @@ def _sample(row: Record, key: str, question: str, context: Sequence[str], refere
     )
 
 
-def plain_prompt(sample: Sample) -> str:
-    """The question alone."""
-    return sample.question
-
-
 def fill(sample: Sample, answer: str) -> dict[str, str]:
     """GPT-4's answer comes first, always."""
     return {
@@ -99,7 +96,7 @@ def read(reply: str) -> tuple[float, ...] | None:
     return marks if len(marks) == 2 and all(1 <= mark <= 10 for mark in marks) else None
 
 
-def measure(outcomes: Sequence[Outcome]) -> Figure:
+def measure(outcomes: Sequence[Outcome]) -> Metric:
     """The model's marks in percent of the reference's: a ratio of means, overall and per category.
 
     Departs: LLaVA's script averages answers without marks in as -1; here they are left out and counted.
@@ -117,14 +114,14 @@ def measure(outcomes: Sequence[Outcome]) -> Figure:
         "reference_mark": float(reference[marked].mean()) if marked.any() else None,
         "mark": float(own[marked].mean()) if marked.any() else None,
     }
-    return Figure("relative score", own, reference, {"categories": parts, **means})
+    return Metric("relative score", own, reference, {"categories": parts, **means})
 
 
 LLAVA_BENCH = Task(
     name="llava_bench",
     title="LLaVA-Bench (in the wild)",
     load=load,
-    prompts={"paper": plain_prompt, "lmms": plain_prompt, "llava": plain_prompt},
+    prompts={"paper": question},
     rules={"text": words},
     score=unscored,
     measure=measure,

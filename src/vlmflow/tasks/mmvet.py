@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vlmflow.tasks.answers import words
-from vlmflow.tasks.core import Figure, Hub, Outcome, Rubric, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Record, find_file, read_hub, read_table, read_tsv
+from vlmflow.tasks.core import Metric, Outcome, Rubric, Task, unscored
+from vlmflow.tasks.prompts import question
+from vlmflow.tasks.sample import Sample, TaskError
+from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub, read_table, read_tsv
 
-HUB = Hub("lmms-lab-encoder/MMVet", "lmms-lab/MMVet", split="test")
+HUB = Hub("lmms-lab-encoder/MMVet", split="test", former="lmms-lab/MMVet")
 ABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 _MEME = (
@@ -80,11 +82,6 @@ def _sample(row: Record, key: str, abilities: Sequence[str]) -> Sample:
     )
 
 
-def plain_prompt(sample: Sample) -> str:
-    """The question alone: the official protocol and LLaVA's."""
-    return sample.question
-
-
 def lmms_prompt(sample: Sample) -> str:
     """lmms-eval's, which asks for reasoning first: another protocol, with other scores."""
     return (
@@ -108,7 +105,7 @@ def read(reply: str) -> tuple[float, ...] | None:
     return (mark,) if 0 <= mark <= 1 else None
 
 
-def measure(outcomes: Sequence[Outcome]) -> Figure:
+def measure(outcomes: Sequence[Outcome]) -> Metric:
     """The mean mark in percent, the same for each ability, and for each set of abilities that questions need."""
     marks = np.array([outcome.verdict[0] if outcome.verdict else np.nan for outcome in outcomes], float)
     needs = np.array([outcome.sample.group for outcome in outcomes])
@@ -122,14 +119,14 @@ def measure(outcomes: Sequence[Outcome]) -> Figure:
         "abilities": {name: mean(chosen) for name, chosen in having.items() if chosen.any()},
         "sets": {name: mean(needs == name) for name in sorted(set(needs.tolist()))},
     }
-    return Figure("score", marks, np.where(np.isnan(marks), np.nan, 1.0), details)
+    return Metric.mean("score", marks, details)
 
 
 MMVET = Task(
     name="mmvet",
     title="MM-Vet",
     load=load,
-    prompts={"paper": plain_prompt, "lmms": lmms_prompt, "llava": plain_prompt},
+    prompts={"paper": question, "lmms": lmms_prompt},
     rules={"text": words},
     score=unscored,
     measure=measure,

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 
 from vlmflow.records.files import read_json
 from vlmflow.tasks.answers import words
-from vlmflow.tasks.captions import caption_prompt, cider
-from vlmflow.tasks.core import Hub, Sample, Source, Task, TaskError, unscored
-from vlmflow.tasks.files import Record, find_file, read_hub
+from vlmflow.tasks.captions import cider
+from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.prompts import caption
+from vlmflow.tasks.sample import Sample, TaskError
+from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub
 
-HUB = Hub("lmms-lab-encoder/NoCaps", "lmms-lab/NoCaps", split="validation")
+HUB = Hub("lmms-lab-encoder/NoCaps", split="validation", former="lmms-lab/NoCaps")
 
 
 def load(source: Source) -> Iterator[Sample]:
@@ -54,7 +56,7 @@ NOCAPS = Task(
     name="nocaps",
     title="NoCaps (validation)",
     load=load,
-    prompts={"paper": caption_prompt, "lmms": caption_prompt, "llava": caption_prompt},
+    prompts={"paper": caption},
     rules={"text": words},
     score=unscored,
     measure=cider,

@@ -17,7 +17,10 @@ from vlmflow.pico.questions import KINDS
 from vlmflow.pico.scenes import CANVAS, COUNTS, Scene, Split, make_scene
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.captions import cider
-from vlmflow.tasks.core import Picture, Sample, Source, Task, TaskError, accuracy, unscored
+from vlmflow.tasks.core import Task, accuracy, unscored
+from vlmflow.tasks.prompts import question
+from vlmflow.tasks.sample import Picture, Sample, TaskError
+from vlmflow.tasks.sources import Source
 
 SCENES = 400
 FIRST = 1_000_000  # the first scene's seed; training and its exams use smaller ones
@@ -69,11 +72,6 @@ def is_caption(kind: str) -> bool:
     return kind == "caption"
 
 
-def plain_prompt(sample: Sample) -> str:
-    """The question alone, as pico was taught."""
-    return sample.question
-
-
 def score(parsed: str | None, sample: Sample) -> float:
     """1 for an accepted answer, to the letter."""
     return float(parsed in sample.references)
@@ -83,7 +81,7 @@ PICO = Task(
     name="pico",
     title="Pico's scenes (questions)",
     load=partial(load, wanted=is_question),
-    prompts={"paper": plain_prompt},
+    prompts={"plain": question},
     rules={"text": words},
     score=score,
     measure=accuracy,
@@ -94,7 +92,7 @@ PICO_CAPTIONS = Task(
     name="pico_captions",
     title="Pico's scenes (captions)",
     load=partial(load, wanted=is_caption),
-    prompts={"paper": plain_prompt},
+    prompts={"plain": question},
     rules={"text": words},
     score=unscored,
     measure=cider,

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vlmflow.tasks.answers import YES_NO_RULES
-from vlmflow.tasks.core import Figure, Hub, Outcome, Sample, Source, Task, TaskError, right
-from vlmflow.tasks.files import Record, existing, read_hub, read_lines, read_tsv
+from vlmflow.tasks.core import Metric, Outcome, Task, right
+from vlmflow.tasks.prompts import short_answer
+from vlmflow.tasks.sample import Sample, TaskError
+from vlmflow.tasks.sources import Hub, Record, Source, existing, read_hub, read_lines, read_tsv
 
-HUB = Hub("lmms-lab-encoder/POPE", "lmms-lab/POPE", split="test")
+HUB = Hub("lmms-lab-encoder/POPE", split="test", former="lmms-lab/POPE")
 SPLITS = ("random", "popular", "adversarial")
 
 
@@ -70,12 +72,7 @@ def paper_prompt(sample: Sample) -> str:
     return f"question: {sample.question} Please just answer yes or no."
 
 
-def llava_prompt(sample: Sample) -> str:
-    """LLaVA's, which is lmms-eval's too."""
-    return f"{sample.question}\nAnswer the question using a single word or phrase."
-
-
-def measure(outcomes: Sequence[Outcome]) -> Figure:
+def measure(outcomes: Sequence[Outcome]) -> Metric:
     """Accuracy, and per split and overall accuracy, precision, recall, F1 and the share of yes, in percent.
 
     An unparsed answer is wrong and no "yes". ``mean_f1`` is the plain mean over the splits, which is
@@ -88,7 +85,7 @@ def measure(outcomes: Sequence[Outcome]) -> Figure:
     mean_f1 = sum(part["f1"] for part in parts.values()) / len(parts)
     scores = np.array([outcome.score for outcome in outcomes], float)
     details = {"overall": _figures(outcomes), "splits": parts, "mean_f1": mean_f1}
-    return Figure("accuracy", scores, np.ones(len(scores)), details)
+    return Metric.mean("accuracy", scores, details)
 
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -110,7 +107,7 @@ POPE = Task(
     name="pope",
     title="POPE (COCO; random, popular, adversarial)",
     load=load,
-    prompts={"paper": paper_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    prompts={"paper": paper_prompt, "llava": short_answer},
     rules=YES_NO_RULES,
     score=right,
     measure=measure,

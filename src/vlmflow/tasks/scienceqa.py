@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vlmflow.tasks.answers import LETTER_RULES
-from vlmflow.tasks.core import LETTERS, Hub, Sample, Source, Task, TaskError, accuracy, options, right
-from vlmflow.tasks.files import Record, find_file, read_hub, read_list, read_table, read_tsv, tsv_choices, tsv_letter
+from vlmflow.tasks.core import Task, accuracy, right
+from vlmflow.tasks.prompts import OPTION_LETTER, option_letter, options
+from vlmflow.tasks.sample import LETTERS, Sample, TaskError
+from vlmflow.tasks.sources import (
+    Hub,
+    Record,
+    Source,
+    find_file,
+    read_hub,
+    read_list,
+    read_table,
+    read_tsv,
+    tsv_choices,
+    tsv_letter,
+)
 
-HUB = Hub("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA", split="test", config="ScienceQA-IMG")
+HUB = Hub("lmms-lab-encoder/ScienceQA", split="test", config="ScienceQA-IMG", former="lmms-lab/ScienceQA")
 
 
 def load(source: Source) -> Iterator[Sample]:
@@ -98,29 +112,25 @@ def _from_conversation(row: Record) -> Sample:
 
 def paper_prompt(sample: Sample) -> str:
     """The paper's (appendix E); its {question} begins with the context, as in the file its code reads."""
-    return (
-        f"{_with_context(sample)} Options: {options(sample)}. "
-        "Answer with the option's letter from the given choices directly."
-    )
+    return f"{_with_context(sample).question} Options: {options(sample)}. {OPTION_LETTER}"
 
 
 def llava_prompt(sample: Sample) -> str:
     """LLaVA's, which lmms-eval and the paper's released script share."""
-    return (
-        f"{_with_context(sample)}\n{options(sample, '{}. {}', chr(10))}\n"
-        "Answer with the option's letter from the given choices directly."
-    )
+    return option_letter(_with_context(sample))
 
 
-def _with_context(sample: Sample) -> str:
-    return f"Context: {sample.context}\n{sample.question}" if sample.context else sample.question
+def _with_context(sample: Sample) -> Sample:
+    """The sample with its context as the head of its question."""
+    context = f"Context: {sample.context}\n" if sample.context else ""
+    return replace(sample, question=f"{context}{sample.question}")
 
 
 SCIENCEQA = Task(
     name="scienceqa",
     title="Sci-VQA (ScienceQA test, questions with an image)",
     load=load,
-    prompts={"paper": paper_prompt, "lmms": llava_prompt, "llava": llava_prompt},
+    prompts={"paper": paper_prompt, "llava": llava_prompt},
     rules=LETTER_RULES,
     score=right,
     measure=accuracy,

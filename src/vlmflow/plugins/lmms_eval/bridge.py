@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmflow.evaluate.rows import Row
 from vlmflow.tasks import TASKS, Picture, Sample, Task, aokvqa, flickr30k, nocaps, pope, scienceqa
-from vlmflow.tasks.files import Record
+from vlmflow.tasks.sources import Record
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ class Bridge:
     def measure(self, name: str, records: Sequence[Mapping[str, Any]]) -> float:
         """``aggregation``: a figure as vlmflow's own runner gives it."""
         outcomes = [Row.from_dict(record).outcome() for record in records]
-        figure = self.task.measure(outcomes)
-        value = figure.scale * float(figure.numerator.sum() / figure.denominator.sum())
+        metric = self.task.measure(outcomes)
         unparsed = sum(outcome.parsed is None for outcome in outcomes)
-        return {figure.name: value, "unparsed": unparsed, **figure.details.get("overall", {})}[name]
+        return {metric.name: metric.value, "unparsed": unparsed, **metric.details.get("overall", {})}[name]
 
 
 BRIDGES = {

@@ -1,11 +1,11 @@
-"""Rows of data files and hub data sets, each of which knows where it stands."""
+"""Where samples come from: data files and hub data sets, read as records that know where they stand."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,42 @@ from PIL import Image
 
 from vlmflow.core.errors import typed_line
 from vlmflow.records.files import parse_json, read_text
-from vlmflow.tasks.core import LETTERS, Hub, Picture, Source, TaskError
+from vlmflow.tasks.sample import LETTERS, Picture, TaskError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from: a local copy if ``path`` is given, else the hub.
+
+    ``images`` is the folder of a local copy's images where they do not lie beside it. ``hub`` is the id or folder of
+    another data set than the task's with the same columns, and ``config`` its configuration. ``split`` and
+    ``revision`` replace the task's own.
+    """
+
+    path: Path | None = None
+    images: Path | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the hub, and the part of it that is the benchmark; ``former`` is the id that it had before."""
+
+    id: str
+    split: str
+    config: str | None = None
+    former: str | None = None
+
+    def resolve(self, source: Source) -> Hub:
+        """The data set that a source means."""
+        split = source.split or self.split
+        if source.hub is None:
+            return Hub(self.id, split, source.config or self.config, self.former)
+        config = self.config if source.hub in (self.id, self.former) else None
+        return Hub(source.hub, split, source.config or config)
 
 
 @dataclass(frozen=True)
@@ -230,9 +265,9 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
     except ImportError:
         raise TaskError('hub data sets need the "datasets" package: pip install "vlmflow[eval]"') from None
     found = hub.resolve(source)
-    name = f"{found.new} ({found.config or 'default'}, {found.split})"
+    name = f"{found.id} ({found.config or 'default'}, {found.split})"
     try:
-        table = datasets.load_dataset(found.new, found.config, split=found.split, revision=source.revision)
+        table = _load(datasets.load_dataset, found, source.revision)
     except Exception as error:  # the hub client raises what it likes: network, id, configuration, file format
         raise TaskError(
             f"{name}: cannot be loaded ({typed_line(error)}); without a network, give a local copy"
@@ -249,6 +284,17 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
             own = str(fields[image_name]) if image_name and image_name in fields else f"row {number}"
             picture = Picture(own, partial(_hub_image, images, number))
         yield Record(f"{name}, row {number}", {**fields, "row": number}, picture)
+
+
+def _load(load_dataset: Callable[..., Any], hub: Hub, revision: str | None) -> Any:
+    """The data set by its id, else by its former one: what the hub has, or without a network, what was downloaded."""
+    load = partial(load_dataset, name=hub.config, split=hub.split, revision=revision)
+    try:
+        return load(hub.id)
+    except (FileNotFoundError, ConnectionError):
+        if hub.former is None:
+            raise
+        return load(hub.former)
 
 
 def _hub_image(images: Any, number: int) -> Image.Image:

@@ -1,0 +1,266 @@
+"""The options that several commands have, each written once: alone, or in groups that know what they stand for.
+
+A group's methods raise what the user can mend, before a model is loaded wherever that is possible.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlmflow.evaluate.judge import Judge
+from vlmflow.pruners import PRUNERS, Pruner, find_pruners, make_pruner, parse_fields
+from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
+
+if TYPE_CHECKING:
+    from vlmflow.evaluate.evaluation import Evaluation
+    from vlmflow.evaluate.launch import RayWorkers
+    from vlmflow.models import VLM
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where the model runs, auto to spread it; default: the first accelerator, or cpu.")
+]
+TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
+PrunersOption = Annotated[
+    str, typer.Option(help="Names with commas between, or classes of your own: file.py:Class, module:Class.")
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", help="Folder for results; an unfinished run in it is continued.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line last.")]
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Where and in which precision a model is loaded."""
+
+    device: DeviceOption = None
+    dtype: Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")] = (
+        "auto"
+    )
+
+    def load(self, name: str, attn: str = "sdpa") -> VLM:
+        """Load a model (see ``vlmflow.models.load``)."""
+        from vlmflow.models import load  # torch and transformers take seconds that --help does not need
+
+        return load(name, self.device, self.dtype, attn)
+
+
+@dataclass(frozen=True)
+class PrunerOptions:
+    """A pruning method and its fields."""
+
+    pruner: Annotated[
+        str,
+        typer.Option(help=f"One of {', '.join(PRUNERS)}, or a class of your own: path/to/file.py:Class, module:Class."),
+    ] = "himap"
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the pruner, as k1=2; may be repeated.")
+    ] = None
+
+    def settings(self) -> dict[str, str]:
+        """The fields that are set, as text; the method takes them all.
+
+        Raises:
+            ValueError: an unknown method or field, or no value of the field's type.
+        """
+        settings = {}
+        for text in self.set_ or ():
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"--set wants field=value, such as k1=2, got {text!r}")
+            settings[name.strip()] = value.strip()
+        parse_fields(self.pruner, settings)
+        return settings
+
+    def make(self, n_layers: int) -> Pruner:
+        """The method for a model of so many layers."""
+        return make_pruner(self.pruner, self.settings(), n_layers)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a task's samples come from."""
+
+    path: Annotated[Path | None, typer.Option("--source", help="A local copy of the data in an official format.")] = (
+        None
+    )
+    images: Annotated[Path | None, typer.Option(help="The local copy's images, where they do not lie beside it.")] = (
+        None
+    )
+    hub: Annotated[str | None, typer.Option(help="Another hub data set, or folder of one, than the task's.")] = None
+    config: Annotated[str | None, typer.Option(help="The hub data set's configuration.")] = None
+    split: Annotated[str | None, typer.Option(help="Another split than the task's.")] = None
+    revision: Annotated[str | None, typer.Option(help="The hub data set's revision.")] = None
+
+    def source(self) -> Source:
+        """The same with absolute paths, which mean the same wherever a worker runs."""
+        path, images = self.path and self.path.resolve(), self.images and self.images.resolve()
+        return Source(path, images, self.hub, self.config, self.split, self.revision)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which of a task's samples are asked, and how."""
+
+    limit: LimitOption = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")] = 8
+    prompt_style: Annotated[
+        str | None, typer.Option(help="The prompt style; default: paper for its tasks, else plain.")
+    ] = None
+    rule: Annotated[str | None, typer.Option(help="The answer rule; default: the task's first.")] = None
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the task's.")
+    ] = None
+
+    def samples(self, task: Task, source: Source) -> list[Sample]:
+        """The task's samples.
+
+        Raises:
+            TaskError: what is wrong with the source, the prompt style or the answer rule.
+        """
+        samples = task.samples(source, self.limit)
+        task.prompt(samples[0], self.prompt_style)
+        task.parse("", samples[0], self.rule)
+        return samples
+
+    def evaluation(self, task: Task, source: Source, pruner: Pruner, origin: str) -> Evaluation:
+        """What is evaluated; ``origin`` says who chose the pruner's fields."""
+        from vlmflow.evaluate.evaluation import Evaluation
+
+        return Evaluation(task, pruner, origin, source, self.prompt_style, self.rule, self.limit, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who marks open answers."""
+
+    judge: Annotated[str | None, typer.Option(help="A judge's model name, for open answers.")] = None
+    judge_url: Annotated[str | None, typer.Option(help="The judge's endpoint; default: OpenAI's.")] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the judge's requests; send none.")] = False
+
+    def make(self, task: Task, folder: Path) -> Judge | None:
+        """The judge, if one is named; its replies are kept in the result folder.
+
+        Raises:
+            TaskError: the task needs no judge, or the judge lacks what it needs to mark.
+            ValueError: an option for a judge, and none is named.
+        """
+        if self.judge is None:
+            refuse_without("--judge", {"--judge-url": self.judge_url, "--dry-run": self.dry_run or None})
+            return None
+        task.marked_by()
+        judge = Judge(self.judge, folder / "judge", self.judge_url)
+        if not self.dry_run:
+            judge.check()
+        return judge
+
+
+@dataclass(frozen=True)
+class LauncherOptions:
+    """Which processes answer."""
+
+    engine: Annotated[str, typer.Option(help="Who answers: local, this process or torchrun's; or ray.")] = "local"
+    workers: Annotated[int | None, typer.Option(help="With ray: so many models answer; default: 1.")] = None
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="With ray: GPUs for each; default: one, if there are any.")
+    ] = None
+    ray_address: Annotated[
+        str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
+    ] = None
+
+    def ray_workers(self) -> RayWorkers | None:
+        """Ray's workers; None where Ray has no part.
+
+        Raises:
+            ValueError: an unknown engine, options for Ray without it, or Ray under torchrun.
+        """
+        if self.engine == "local":
+            given = {"--workers": self.workers, "--gpus-per-worker": self.gpus_per_worker}
+            refuse_without("--engine ray", {**given, "--ray-address": self.ray_address})
+            return None
+        if self.engine != "ray":
+            raise ValueError(f"--engine must be local or ray, got {self.engine!r}")
+        if under_torchrun():
+            raise ValueError("--engine ray starts its own workers; run it without torchrun")
+        from vlmflow.evaluate.launch import RayWorkers
+
+        return RayWorkers(1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
+
+
+def refuse_without(needed: str, options: Mapping[str, object]) -> None:
+    """Refuse options that are given (not None) without what they belong to.
+
+    Raises:
+        ValueError: one is given.
+    """
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option} goes with {needed}")
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def task_named(name: str) -> Task:
+    """The benchmark of a name.
+
+    Raises:
+        TaskError: there is none.
+    """
+    if name not in TASKS:
+        raise TaskError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def pruners_named(text: str) -> list[type[Pruner]]:
+    """The methods named with commas between.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    return find_pruners(name.strip() for name in text.split(",") if name.strip())
+
+
+def checked_prompt(text: str) -> str:
+    """A question.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not text.strip():
+        raise ValueError("the prompt is empty; ask something with --prompt")
+    return text
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Find out before the work whether results can be written to a folder, which need not exist yet.
+
+    Raises:
+        ValueError: it is a file or lies in one, or may not be written.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{option} wants a folder, and {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: you may not write in {nearest}; choose another folder")
+
+
+def check_file(option: str, file: Path) -> None:
+    """The same for a file.
+
+    Raises:
+        ValueError: it is a folder, or its folder is none or may not be written.
+    """
+    if file.is_dir():
+        raise ValueError(f"{option} wants a file, and {file} is a folder")
+    check_folder(option, file.parent)

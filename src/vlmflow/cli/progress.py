@@ -1,0 +1,60 @@
+"""Progress on stderr for commands that take minutes or days and go on where they stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+
+from vlmflow.cli.output import err_console
+
+if TYPE_CHECKING:
+    from vlmflow.evaluate.runner import Progress, SampleRow
+
+
+def bars() -> Bars:
+    """Progress with rate and time left, on stderr."""
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}"),
+        console=err_console,
+    )
+
+
+def show(progress: Bars, title: str) -> Progress:
+    """A bar that follows a run; samples that fail are told of above it."""
+    bar, start, before, failed = TaskID(0), 0.0, 0, 0
+
+    def follow(done: int, total: int, row: SampleRow | None) -> None:
+        nonlocal bar, start, before, failed
+        if row is None:  # not before the folder has been accepted
+            bar = progress.add_task(title, total=total, completed=done, pace="")
+            start, before = time.perf_counter(), done
+            return
+        if row.failure is not None:
+            failed += 1
+            progress.console.print(f"{row.id} failed: {row.failure}", highlight=False, markup=False)
+        each = (time.perf_counter() - start) / (done - before)
+        rate = f"{1 / each:.1f} a second" if each < 1 else f"{each:.1f} s each"
+        pace = [rate, f"{timedelta(seconds=round(each * (total - done)))} left"]
+        progress.update(bar, completed=done, pace=", ".join([*pace, f"{failed} failed"] if failed else pace))
+
+    return follow
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Say what to do after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err_console.print("stopped; the same command continues from here")
+        raise typer.Exit(130) from None

@@ -1,0 +1,40 @@
+"""How image tokens lie in their images: readers of an encoded prompt, None where they do not apply; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlmflow.core.widths import Config
+
+Grids = list[tuple[int, int]]  # rows and columns of each image's tokens
+
+
+def by_patch_grid(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
+    """Of each image its own, as ``image_grid_thw`` says in patches, of which the tower merges squares."""
+    if "image_grid_thw" not in inputs:
+        return None
+    side = config.vision_config.spatial_merge_size
+    return [(int(t * h) // side, int(w) // side) for t, h, w in inputs["image_grid_thw"]]
+
+
+def by_size(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
+    """Of each image its own, as a Pixtral tower sees it: ``image_sizes`` says in pixels."""
+    if "image_sizes" not in inputs or not _is_untiled(inputs, n_pictures) or inputs["pixel_values"].dim() != 4:
+        return None
+    side = config.vision_config.patch_size * (config.optional("spatial_merge_size") or 1)
+    return [(int(height) // side, int(width) // side) for height, width in inputs["image_sizes"]]
+
+
+def as_squares(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
+    """Squares of one size, unless an image was cut into tiles."""
+    if not _is_untiled(inputs, n_pictures):
+        return None
+    side = math.isqrt(n_image // n_pictures)
+    return [(side, side)] * n_pictures
+
+
+def _is_untiled(inputs: Mapping[str, Any], n_pictures: int) -> bool:
+    pixels = inputs.get("pixel_values")
+    return pixels is not None and pixels.shape[:-3].numel() == n_pictures

@@ -1,0 +1,221 @@
+"""The widths of text decoders and vision towers as configs name them: a reader for each way of naming; no torch.
+
+A decoder's reader makes a ``Geometry`` of a text config; a tower's makes a ``Tower``, with its projector, of a whole
+config and the text decoder's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from vlmflow.core.errors import refusal
+from vlmflow.core.geometry import Geometry, Tower, multiply_adds
+
+LAYER_KINDS = ("full_attention", "sliding_attention")  # whose cost is known
+
+
+class Config:
+    """A config whose missing attributes are errors that name the attribute and the config's class."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(self.config, name):
+            raise refusal(
+                "Geometry.from_config",
+                f"the attribute {name!r}",
+                f"a {type(self.config).__name__} without it",
+                "pass the model's own config, or give Geometry(...) the widths by hand",
+            )
+        return getattr(self.config, name)
+
+    def optional(self, name: str) -> Any:
+        """Read an attribute for which transformers itself takes absent and None as one."""
+        return getattr(self.config, name) if hasattr(self.config, name) else None
+
+    def of_unknown_type(self, known: Iterable[str]) -> ValueError:
+        """The error that this config's ``model_type`` is not a known one."""
+        return refusal(
+            "Geometry.from_config",
+            f"a model_type among {', '.join(known)}",
+            f"{self.model_type!r} in {type(self.config).__name__}",
+            "give Geometry(...) the widths by hand",
+        )
+
+
+# -- text decoders
+
+
+def dense_decoder(text: Config) -> Geometry:
+    """Layers of q, k, v and o projections and a gated MLP."""
+    return Geometry(
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads or text.num_attention_heads,
+        head_dim=text.optional("head_dim") or text.hidden_size // text.num_attention_heads,
+        vocab=text.vocab_size,
+        windows=_windows(text),
+    )
+
+
+def routed_decoder(text: Config) -> Geometry:
+    """The same, but some layers route each token to a few of many gated MLPs."""
+    dense, step = text.mlp_only_layers or (), text.decoder_sparse_step
+    return replace(
+        dense_decoder(text),
+        experts=text.num_experts,
+        experts_per_token=text.num_experts_per_tok,
+        expert_intermediate=text.moe_intermediate_size,
+        dense_layers=tuple(i for i in range(text.num_hidden_layers) if i in dense or (i + 1) % step),
+    )
+
+
+def _windows(text: Config) -> tuple[int | None, ...]:
+    """List each layer's window by the rule of transformers' caches: layer_types, else one for all layers."""
+    kinds = text.optional("layer_types")
+    if kinds is None:
+        windows = (text.optional("sliding_window"),) * text.num_hidden_layers
+    elif other := {*kinds} - {*LAYER_KINDS}:
+        known = f"layer_types among {', '.join(LAYER_KINDS)}"
+        raise refusal("Geometry.from_config", known, sorted(other), "other kinds of layer are not modelled")
+    else:
+        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    return windows if any(windows) else ()
+
+
+# -- vision towers that see a picture in tiles of a fixed size
+
+
+def llava_tower(config: Config, width: int) -> Tower:
+    """Any shared tower, and a projector of two layers on the features of one depth, or of several side by side."""
+    tower = _shared(config)
+    return replace(tower, projector=multiply_adds(tower.hidden * _depths(config), width, width))
+
+
+def mistral3_tower(config: Config, width: int) -> Tower:
+    """As LLaVA's, behind a layer that merges patches."""
+    tower = replace(llava_tower(config, width), merge=config.spatial_merge_size**2)
+    return replace(tower, projector=tower.projector + multiply_adds(tower.merge * tower.hidden, tower.hidden))
+
+
+def internvl_tower(config: Config, width: int) -> Tower:
+    """Its own tower with a class token, and a projector of two layers on merged patches."""
+    tower, merge = _vit(Config(config.vision_config)), int(1 / config.downsample_ratio) ** 2
+    projector = multiply_adds(merge * tower.hidden, width, width)
+    return replace(tower, merge=merge, projector=projector, class_tokens=1)
+
+
+def idefics3_tower(config: Config, width: int) -> Tower:
+    """Its own tower, and a projector of one layer on merged patches."""
+    tower, merge = _vit(Config(config.vision_config)), config.scale_factor**2
+    return replace(tower, merge=merge, projector=multiply_adds(merge * tower.hidden, width))
+
+
+def gemma3_tower(config: Config, width: int) -> Tower:
+    """Any shared tower, whose patches are averaged to a given number of image tokens before one layer."""
+    tower = _shared(config)
+    merge = (tower.image_tokens or 0) // config.mm_tokens_per_image
+    return replace(tower, merge=merge, projector=multiply_adds(tower.hidden, width))
+
+
+def paligemma_tower(config: Config, width: int) -> Tower:
+    """Any shared tower, and a projector of one layer."""
+    tower = _shared(config)
+    return replace(tower, projector=multiply_adds(tower.hidden, config.vision_config.projection_dim))
+
+
+def _vit(vision: Config) -> Tower:
+    """A tower that names its widths as CLIP does, without class token or projector."""
+    (height, breadth), (rows, columns) = _pair(vision.patch_size), _pair(vision.image_size)
+    return Tower(
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+        patch_inputs=vision.num_channels * height * breadth,
+        merge=1,
+        projector=0,
+        grid=(rows // height, columns // breadth),
+    )
+
+
+def _clip(vision: Config) -> Tower:
+    return replace(_vit(vision), class_tokens=1)
+
+
+def _pixtral(vision: Config) -> Tower:
+    return replace(_vit(vision), gated=True, grid=None)
+
+
+_SHARED = {"clip_vision_model": _clip, "siglip_vision_model": _vit, "pixtral": _pixtral}
+
+
+def _shared(config: Config) -> Tower:
+    """One of the towers that several families carry, by its own model_type."""
+    vision = Config(config.vision_config)
+    if vision.model_type not in _SHARED:
+        raise vision.of_unknown_type(_SHARED)
+    return _SHARED[vision.model_type](vision)
+
+
+def _depths(config: Config) -> int:
+    layers = config.vision_feature_layer
+    return 1 if isinstance(layers, int) else len(layers)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+# -- vision towers that see a picture whole, at its own size
+
+
+def qwen2_vl_tower(config: Config, width: int) -> Tower:
+    """Qwen2-VL's, where hidden_size names the output."""
+    vision = Config(config.vision_config)
+    return _sized(vision, vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), vision.hidden_size)
+
+
+def qwen2_5_vl_tower(config: Config, width: int) -> Tower:
+    """Qwen2.5-VL's: most layers attend inside windows."""
+    vision = Config(config.vision_config)
+    side, (height, _) = vision.spatial_merge_size, _pair(vision.patch_size)
+    return replace(
+        _sized(vision, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size),
+        gated=True,
+        window=vision.window_size // side // height * side,
+        full_layers=tuple(vision.fullatt_block_indexes),
+    )
+
+
+def qwen3_vl_tower(config: Config, width: int) -> Tower:
+    """Qwen3-VL's: the features of several depths are projected, by a merger each."""
+    vision = Config(config.vision_config)
+    tower = _sized(vision, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size)
+    return replace(tower, projector=tower.projector * (1 + len(vision.deepstack_visual_indexes)))
+
+
+def glm4v_tower(config: Config, width: int) -> Tower:
+    """GLM-4V's: its MLPs are as wide as the output, and intermediate_size belongs to the merger's gated MLP."""
+    vision = Config(config.vision_config)
+    out = vision.out_hidden_size
+    tower = _sized(vision, vision.hidden_size, out, out)
+    merger = multiply_adds(tower.merge * tower.hidden, out, out) + 3 * out * vision.intermediate_size
+    return replace(tower, gated=True, projector=merger)
+
+
+def _sized(vision: Config, hidden: int, intermediate: int, out: int) -> Tower:
+    """A tower that names its other widths as Qwen's do, with a merger of two layers."""
+    (height, breadth), merge = _pair(vision.patch_size), vision.spatial_merge_size**2
+    return Tower(
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=vision.depth,
+        patch_inputs=vision.in_channels * vision.temporal_patch_size * height * breadth,
+        merge=merge,
+        projector=multiply_adds(merge * hidden, merge * hidden, out),
+    )
