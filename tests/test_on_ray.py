@@ -54,15 +54,15 @@ def test_a_killed_worker_loses_nothing(alone, tmp_path):
     doomed = replace(ASKED, task=replace(ASKED.task, rules={"text": deadly}))
     how = {"batch_size": 2, "samples": samples, "progress": lambda *_: None}
     with connected(PICO, workers=2) as pool:
-        subject = pool.describe()
-        pool.run(subject, doomed, tmp_path / "out", **how)
+        facts = pool.describe()
+        pool.run(facts, doomed, tmp_path / "out", **how)
         assert marker.exists()
         assert files(tmp_path / "out") == files(alone)
         began = []
-        pool.run(subject, doomed, tmp_path / "out", **{**how, "progress": lambda done, *_: began.append(done)})
+        pool.run(facts, doomed, tmp_path / "out", **{**how, "progress": lambda done, *_: began.append(done)})
         assert began == [16]
         with pytest.raises(RecordError, match=r'^Ray: RecordError: on .* would be others: weights was "other"'):
-            pool.run(replace(subject, weights="other"), ASKED, tmp_path / "other", **how)
+            pool.run(replace(facts, weights="other"), ASKED, tmp_path / "other", **how)
 
 
 def drive(out: Path, answered: Path) -> None:
@@ -115,6 +115,16 @@ def test_workers_run_the_file_of_a_method(tmp_path):
         made = CliRunner().invoke(app, [*args, *pruner, "--engine", *engine, "--out", str(tmp_path / engine[0])])
         assert made.exit_code == 0, made.output
     assert files(tmp_path / "ray") == files(tmp_path / "local")
+
+
+def test_workers_do_a_study(tmp_path):
+    args = ["flow", "saliency", "--task", "pico", "--limit", "6", "--batch-size", "2", "--device", "cpu"]
+    for engine in (["ray", "--workers", "2"], ["local"]):
+        made = CliRunner().invoke(app, [*args, "--engine", *engine, "--out", str(tmp_path / engine[0])])
+        assert made.exit_code == 0, made.output
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert '"workers": 2' in (tmp_path / "ray/log.jsonl").read_text()
+    assert (tmp_path / "ray/verdict.md").read_text() == (tmp_path / "local/verdict.md").read_text()
 
 
 # -- what is refused

@@ -1,6 +1,8 @@
 """Evaluations by the processes of one torchrun, stopped and started again: the files end as one process writes them."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +62,22 @@ def test_each_process_runs_the_file_of_a_method(tmp_path):
     alone = subprocess.run([sys.executable, "-m", "vlmflow", *command, "--out", str(tmp_path / "alone")])
     assert alone.returncode == 0
     assert files(tmp_path / "together") == files(tmp_path / "alone")
+
+
+def test_a_study_is_gone_on_with_together(tmp_path):
+    command = ["flow", "knockout", "--windows", "5", "--task", "pico", "--limit", "6", "--batch-size", "2"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert subprocess.run([sys.executable, "-m", "vlmflow", *command, "--out", str(alone)]).returncode == 0
+    shutil.copytree(alone, together)
+    (together / "summary.json").unlink()
+    (together / "rows.jsonl").write_bytes(b"".join((alone / "rows.jsonl").read_bytes().splitlines(True)[:1]))
+    process = launch(*command, "--out", together)
+    said, notes = process.communicate()
+    assert process.returncode == 0, notes
+    assert said.count("# Knockout of pico on pico") == 1
+    assert files(together) == files(alone)
+    start = json.loads((together / "log.jsonl").read_text().splitlines()[-2])
+    assert (start["done"], start["processes"]) == (1, 2)
 
 
 def test_what_one_process_does_is_refused(tmp_path):
