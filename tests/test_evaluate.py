@@ -35,6 +35,7 @@ from vlmflow.pico import samples as pico_samples
 from vlmflow.pruners import PRUNERS, VTW, FastV, HiMAP, Unpruned
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import Folder, claim
+from vlmflow.records.schema import EvaluationCounts, EvaluationSummary
 from vlmflow.tasks import TASKS, Picture, Sample, Source, TaskError
 
 SCENES = pico_samples()
@@ -438,7 +439,9 @@ def test_the_parts_of_captions_are_scored_as_parts_of_the_whole(tmp_path):
         rows.append(Row(sample, "", answer=said, parsed=said, image_tokens={0: 1}))
     rows_of(Folder(tmp_path)).append(rows)
     metric = task.metric(outcomes_of(Folder(tmp_path)))
-    grid = group_grid([("none", Result(tmp_path, {"task": "nocaps", "seed": 0}, {}))], "parts")
+    counts = EvaluationCounts(asked=4, answered=4, failed=0)
+    summary = EvaluationSummary({"task": "nocaps", "seed": 0}, None, None, counts, {}, None, None, [], None)
+    grid = group_grid([("none", Result(tmp_path, summary))], "parts")
     assert grid is not None
     for group, cell in grid.rows:
         value, low, high = (float(number) for number in re.findall(r"[\d.]+", cell))
@@ -447,8 +450,8 @@ def test_the_parts_of_captions_are_scored_as_parts_of_the_whole(tmp_path):
     assert [group for group, _ in grid.rows] == ["in", "out"]
     alone = task.metric([row.outcome() for row in rows[2:]])["value"]
     assert abs(alone - metric["groups"]["out"]) > 1
-    none = Result(tmp_path / "nothing", {"task": "nocaps", "seed": 0}, {})
-    both = group_grid([("none", Result(tmp_path, {"task": "nocaps", "seed": 0}, {})), ("himap", none)], "parts")
+    none = Result(tmp_path / "nothing", summary)
+    both = group_grid([("none", Result(tmp_path, summary)), ("himap", none)], "parts")
     assert both is not None
     assert [cells[2] for cells in both.rows] == ["-", "-"]
 

@@ -18,6 +18,7 @@ from vlmflow.models import VLM, Question
 from vlmflow.pruners import Pruner
 from vlmflow.records.files import versions
 from vlmflow.records.folder import Folder
+from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, to_json
 from vlmflow.tasks import Sample, Source, Task
 
 
@@ -114,16 +115,17 @@ class Evaluation:
         failed = {row.id: row.failure for row in rows if row.failure is not None}
         counts = [_by_layer(row, facts.layers) for row in good]
         cost = Pricing(self.pruner, facts.geometry).total(good)
-        return {
-            "settings": settings,
+        summary = EvaluationSummary(
+            settings=dict(settings),
             **self.metric(folder),
-            "samples": {"asked": len(rows), "answered": len(good), "failed": len(failed)},
-            "failed": failed,
-            "answer_tokens": _mean(row.answer_tokens for row in good),
-            "tokens": _mean(row.tokens for row in good),
-            "image_tokens": [_mean(layer) for layer in zip(*counts, strict=True)],
-            "cost": cost and {"table": cost.table(), **cost.to_dict()},
-        }
+            samples=EvaluationCounts(asked=len(rows), answered=len(good), failed=len(failed)),
+            failed=failed,
+            answer_tokens=_mean(row.answer_tokens for row in good),
+            tokens=_mean(row.tokens for row in good),
+            image_tokens=[sum(layer) / len(layer) for layer in zip(*counts, strict=True)],
+            cost=cost and {"table": cost.table(), **cost.to_dict()},
+        )
+        return to_json(summary)
 
     def metric(self, folder: Folder) -> dict[str, Any]:
         """The task's figure of a folder's rows, and the judge whose marks are in it; None for what there is not."""

@@ -10,7 +10,7 @@ from typing import Any
 from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import SETTINGS, SUMMARY, Folder, differences
-from vlmflow.records.schema import Line
+from vlmflow.records.schema import EvaluationSummary, Line, from_json
 from vlmflow.records.table import Table
 from vlmflow.tasks import TASKS, Task
 
@@ -30,8 +30,7 @@ class Result:
     """A finished run."""
 
     path: Path
-    settings: dict[str, Any]
-    summary: dict[str, Any]
+    summary: EvaluationSummary
 
     @classmethod
     def read(cls, path: Path) -> Result:
@@ -40,10 +39,12 @@ class Result:
         Raises:
             RecordError: it is not finished, or broken.
         """
-        summary = Folder(path).summary()
-        if not {"settings", "metric", "cost", "samples"} <= summary.keys():
-            raise RecordError(f"{path / SUMMARY} is no summary of an evaluation")
-        return cls(path, summary["settings"], summary)
+        return cls(path, from_json(EvaluationSummary, Folder(path).summary(), path / SUMMARY))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was evaluated, and how."""
+        return self.summary.settings
 
     @property
     def task(self) -> Task:
@@ -72,7 +73,7 @@ class Result:
 
     def cost(self, measure: str, pruned: bool = True) -> float | None:
         """A measure of `Cost.table`, in the mean over samples."""
-        cost = self.summary["cost"]
+        cost = self.summary.cost
         if cost is None:
             return None
         figure = cost["table"][measure][int(pruned)]
@@ -80,7 +81,7 @@ class Result:
 
     def share(self, measure: str) -> float | None:
         """A measure's pruned figure over its unpruned one."""
-        return self.summary["cost"] and self.summary["cost"]["shares"][measure]
+        return None if self.summary.cost is None else self.summary.cost["shares"][measure]
 
 
 def line(result: Result, baseline: Result | None = None, budget: float | None = None) -> Line:
@@ -88,8 +89,8 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
 
     ``p`` is McNemar's exact one where scores are right or wrong, else the paired bootstrap's.
     """
-    metric, samples = result.summary["metric"], result.summary["samples"]
-    low, high = metric["interval"] if metric and metric["interval"] else (None, None)
+    metric, samples = result.summary.metric or {}, result.summary.samples
+    low, high = metric.get("interval") or (None, None)
     difference, note = None, ""
     if baseline is not None and baseline.path != result.path:
         if other := result.not_comparable(baseline):
@@ -107,8 +108,8 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
         fields=result.fields,
         budget=budget,
         folder=str(result.path),
-        figure=metric and metric["figure"],
-        value=metric and metric["value"],
+        figure=metric.get("figure"),
+        value=metric.get("value"),
         low=low,
         high=high,
         difference=delta,
@@ -122,10 +123,10 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
         exact_flops=result.cost("exact_flops"),
         exact_share=result.share("exact_flops"),
         kv_share=result.share("kv_bytes"),
-        samples=samples["answered"],
-        failed=samples["failed"],
-        unparsed=metric["unparsed"] if metric else 0,
-        excluded=metric["excluded"] if metric else 0,
+        samples=samples.answered,
+        failed=samples.failed,
+        unparsed=metric.get("unparsed", 0),
+        excluded=metric.get("excluded", 0),
         note=note,
     )
 
