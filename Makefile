@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
-LAWS := tests/test_checkpoints.py tests/test_laws.py tests/test_generate.py tests/test_attach.py tests/test_kernels.py tests/test_tap.py
+LAWS := tests/models/test_checkpoints.py tests/engine/test_laws.py tests/engine/test_generate.py tests/engine/test_attach.py tests/engine/test_kernels.py tests/engine/test_tap.py
 
 .PHONY: demo test lint types tests compat lmms bench results pages gpu pico clean
 
@@ -28,7 +28,7 @@ compat-%: $(VENV)-compat-%/.installed
 	$(<D)/bin/python -m pytest -n auto --dist worksteal $(LAWS)
 
 lmms: $(VENV)-lmms/.installed  ## that lmms-eval measures what our runner does, in an environment of its own
-	$(<D)/bin/python -m pytest tests/test_lmms.py
+	$(<D)/bin/python -m pytest tests/plugins/test_lmms.py
 
 # lmms-eval brings a torchvision for CUDA, which cannot be imported beside a torch for the CPU; nothing here needs it
 $(VENV)-lmms/.installed: pyproject.toml constraints.txt

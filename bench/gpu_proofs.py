@@ -74,7 +74,7 @@ def without_tf32() -> None:
 def laws(dry: bool) -> dict[str, Any]:
     """The test suite's law files in float32, counted by file."""
     device, names = ("cpu", ("test_kernels",)) if dry else ("cuda", FILES)
-    chosen = [*(f"{name}.py" for name in names), *(["-k", "without_padding"] if dry else [])]
+    chosen = [*(str(next(TESTS.rglob(f"{name}.py"))) for name in names), *(["-k", "without_padding"] if dry else [])]
     workers = min(WORKERS, os.cpu_count() or 1)
     spread = [] if dry else ["-n", str(workers), "--dist", "worksteal"]
     with tempfile.TemporaryDirectory() as folder:

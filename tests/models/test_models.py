@@ -14,7 +14,7 @@ from vlmflow.core.images import open_image
 from vlmflow.models import VLM, Question, load, patch_grids, seen_images
 from vlmflow.pico import MODEL_DIR, samples
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from test_pruners_outside import NORM
+from commands import NORM
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import run
 from vlmflow.models import load
@@ -85,7 +85,7 @@ def test_names_that_no_file_should_use():
 
 
 def test_the_entry_point_and_the_folder():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert project["project"]["entry-points"]["lmms_eval.models"] == {"vlmflow": "vlmflow.plugins.lmms_eval:manifests"}
     assert "plugins/lmms_eval/tasks/*.yaml" in project["tool"]["setuptools"]["package-data"]["vlmflow"]
     told = subprocess.run(

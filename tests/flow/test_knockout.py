@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from test_laws import pruners
+from parameters import pruners
 from vlmflow import VTW, HiMAP, Unpruned, attach, prune
 from vlmflow.core.layout import Layout
 from vlmflow.engine.cache import UNUSED

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from test_pruners_outside import NORM
+from commands import NORM
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import run

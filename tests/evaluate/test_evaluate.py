@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from vlmflow import models
 from vlmflow.cli import app
 from vlmflow.cli.progress import bars, show
 from vlmflow.evaluate import runner
@@ -102,11 +102,11 @@ def test_batches_change_no_row(vlm, questions, tmp_path):
 def test_a_model_that_memory_cannot_hold_gives_the_same_files(vlm, questions, tmp_path, monkeypatch):
     """What ``device="auto"`` leaves on disk is fetched layer by layer; the fingerprint reads it there."""
     scarce = partial(
-        models.AutoModelForImageTextToText.from_pretrained,
+        AutoModelForImageTextToText.from_pretrained,
         max_memory={"cpu": 8_000_000},
         offload_folder=tmp_path / "offloaded",
     )
-    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", scarce)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", scarce)
     spread = load("pico", device="auto")
     weights = [(weight.is_meta, weight.device.type) for weight in spread.model.parameters()]
     assert {meta for meta, _ in weights} == {True, False}
@@ -326,7 +326,7 @@ def test_every_method_reaches_a_budget(name, n_layers, share):
     assert method.mean_share(n_layers, 576) == pytest.approx(share, abs=max(tolerance, 1.5 / 576))
 
 
-RECORDED = [json.loads(line) for line in (Path(__file__).parent / "data/budgets.jsonl").read_text().splitlines()]
+RECORDED = [json.loads(line) for line in (Path(__file__).parents[1] / "data/budgets.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("name", "n_layers", "preset", "share", "fields"), RECORDED)

@@ -16,7 +16,7 @@ from vlmflow.cli import app
 from vlmflow.models import ModelError, ModelWarning, load, load_geometry
 from vlmflow.pico import MODEL_DIR, samples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 SCENE = samples()[0]
 

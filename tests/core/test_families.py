@@ -16,7 +16,7 @@ from vlmflow.core.families import FAMILIES, UNLISTED, Family, family_of, geometr
 from vlmflow.engine.target import Target
 from vlmflow.pruners import PRUNERS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 

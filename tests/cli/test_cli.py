@@ -6,45 +6,17 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass
 
 import pytest
 import torch
 from PIL import Image
 from transformers import LlamaConfig
-from typer.testing import CliRunner
 
-from vlmflow.cli import app
+from commands import ASK, SCENE, refused, vlmflow
 from vlmflow.pico import MODEL_DIR, samples
 from vlmflow.pruners import PRUNERS
 
-SCENE = samples()[0]
-ASK = ["--prompt", SCENE.questions[0].text]
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that has run."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def vlmflow(*args) -> Finished:
-    """Run the command in this process; an error that is no refusal is raised."""
-    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "80"}, catch_exceptions=False)
-    return Finished(done.exit_code, done.stdout, done.stderr)
-
-
-def refused(run):
-    """One line on stderr, exit code 2, nothing on stdout; returns the line."""
-    assert run.returncode == 2, run.stderr
-    assert run.stdout == ""
-    (line,) = run.stderr.strip().split("\n")
-    assert "Traceback" not in line
-    return line
 
 
 def test_run_saves_a_record_and_a_picture(tmp_path):

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 from bench import gpu, gpu_figures, gpu_proofs, stages
 from docs.make import performance
-from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, latency, prune
+from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, prune
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.pruners import Unpruned
+from vlmflow.speed import latency
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PRUNERS = [HiMAP(2, 0.5, 4, 0.5), FastV(2, 0.6), PyramidDrop((2, 4), 0.5), VTW(3), Random(2, 0.5), Uniform(2, 0.5)]
 
 
@@ -344,7 +345,7 @@ def test_law_files_make_tensors_where_the_models_are():
     calls = {
         f"{name}, line {call.lineno}: {ast.unparse(call)}"
         for name in gpu_proofs.FILES
-        for call in ast.walk(ast.parse((TESTS / f"{name}.py").read_text()))
+        for call in ast.walk(ast.parse(next(TESTS.rglob(f"{name}.py")).read_text()))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in makers
     }
     assert {call for call in calls if "device=" not in call and not call.endswith("torch.tensor([0, 2])")} == set()

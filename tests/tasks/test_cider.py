@@ -9,7 +9,7 @@ import pytest
 
 from vlmflow.tasks.cider import cider_d, tokenize
 
-CASES = json.loads((Path(__file__).parent / "data" / "cider_cases.json").read_text())["cases"]
+CASES = json.loads((Path(__file__).parents[1] / "data" / "cider_cases.json").read_text())["cases"]
 
 # What PTBTokenizer 3.4.1 gives after the evaluation's filter.
 TOKENS = {

@@ -278,7 +278,7 @@ class TestWorksWith:
     def test_compiled_decoding(self):
         """Decoding on a pruned static cache compiles to one graph, which serves the next prompt too."""
         run = subprocess.run(
-            [sys.executable, "-c", COMPILED], cwd=Path(__file__).parent, capture_output=True, text=True
+            [sys.executable, "-c", COMPILED], cwd=Path(__file__).parents[1], capture_output=True, text=True
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.split() == ["True", "True", "1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from test_cli import ASK, SCENE, refused, vlmflow
+from commands import ASK, NORM, SCENE, refused, vlmflow
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.sweep import plan
 from vlmflow.models import Question, load, open_image
@@ -19,8 +19,6 @@ from vlmflow.models.ask import ask
 from vlmflow.pruners import PRUNERS, HiMAP, Pruner, Stage, find_pruner, find_pruners, kept_after, make_pruner
 from vlmflow.speed.latency import Request, compare
 
-CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-NORM = re.search(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL).group(1)
 SMALL = ["--task", "pico", "--limit", "2", "--max-new-tokens", "2", "--batch-size", "2", "--device", "cpu"]
 
 

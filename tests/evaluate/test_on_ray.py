@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from test_pruners_outside import NORM
+from commands import NORM
 from vlmflow.cli import app
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.evaluation import Evaluation

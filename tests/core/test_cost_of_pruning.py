@@ -1,9 +1,9 @@
 """Laws 6 and 8 for pruned runs: the trace prices a prefill to the integer and its cache to the byte."""
 
 import pytest
+from test_cost import countable, counting, grids
 
 import tiny
-from test_cost import countable, counting, grids
 from vlmflow import VTW, FastV, HiMAP, PyramidDrop, Random, Uniform, Unpruned, prune
 from vlmflow.core.cost import decode_flops, projector_flops, vision_flops
 from vlmflow.core.geometry import Geometry

@@ -11,7 +11,7 @@ import yaml
 
 import vlmflow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINNED = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 JOBS = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
