@@ -127,7 +127,7 @@ class Pruner:
             middle = (low + high) / 2
             too_many = method.dropping(middle).mean_share(n_layers) >= share
             low, high = (middle, high) if too_many else (low, middle)
-        found = method.dropping(low)
+        found = method.dropping(round(low, 10))  # finer than any schedule; 0.625 rather than 0.6250000000004696
         if abs((nearest := found.mean_share(n_layers)) - share) > 1e-6:
             raise ValueError(
                 f"{self.name} cannot give a mean of {share:.1%} of the image tokens: {nearest:.1%} is the nearest"
