@@ -6,13 +6,13 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmflow.engine.cache import layer_of, slots_of
+from vlmflow.engine.calls import Calls
 from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import unwatch, unwatch_everywhere, watch
 from vlmflow.engine.prompt import Prompt
@@ -58,19 +58,6 @@ def prune(model: nn.Module, pruner: Pruner) -> Session:
     return Session(model, pruner, ())
 
 
-class _PerThread(dict[int, Any]):
-    """A value for each thread that has one. Empty it answers without asking for the thread, so that it compiles."""
-
-    def mine(self) -> Any:
-        return self.get(get_ident()) if self else None
-
-    def take(self) -> Any:
-        return self.pop(get_ident(), None) if self else None
-
-    def put(self, value: Any) -> None:
-        self[get_ident()] = value
-
-
 class Session:
     """The hooks of one attachment. A context manager that gives the ``Trace``; or call ``detach()``."""
 
@@ -89,8 +76,7 @@ class Session:
         self._read_layers = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
         self._watched_layers = self._read_layers.union(*(tap.layers for tap in taps))
         self.trace = Trace(target.core.config, pruner, n_layers)
-        self._prompts = _PerThread()  # of Prompt, until its text decoder takes it
-        self._prefills = _PerThread()  # of Prefill
+        self._calls = Calls()
         self._handles: list[Any] = []
         with _attaching:
             if target.text in _attached:
@@ -111,6 +97,7 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._calls.clear()
         for layer_idx in self._watched_layers:
             unwatch_everywhere(self._target.attention(layer_idx))
         _attached.discard(self._target.text)
@@ -138,21 +125,28 @@ class Session:
     def _enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if ids is None else ids
-        if given is None or given.shape[1] == 1 or self._prompts.mine() is not None:
+        if given is None or (given.shape[1] == 1 and not self._calls):
             return  # one token at a time: decoding, where there is nothing to look at
-        self._prompts.put(Prompt.read(self._target, ids, kwargs))
+        if self._calls and self._calls.forget_interrupted():
+            self._unwatch()
+        around = self._calls.innermost()
+        if around is not None and around.prompt is not None and around.model is not module:
+            return  # a model inside the one that was called
+        prompt = None if given.shape[1] == 1 else Prompt.read(self._target, ids, kwargs)
+        self._calls.begin(module, prompt)
 
     def _leave_model(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        self._prompts.take()
+        self._calls.end(module)
 
     # the text decoder
 
     def _enter_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        prompt, embeds = self._prompts.take(), kwargs.get("inputs_embeds")
+        call, embeds = self._calls.innermost(), kwargs.get("inputs_embeds")
         if embeds is None:  # some text decoders embed images themselves
             embeds = args[0] if args else kwargs.get("input_ids")
-        if prompt is None or embeds is None:
+        if call is None or call.prompt is None or embeds is None:
             return None
+        prompt, call.prompt = call.prompt, None
         if prompt.image.shape != embeds.shape[:2]:
             raise RuntimeError(
                 f"vlmflow: {type(module).__name__} got a sequence of shape {tuple(embeds.shape[:2])} for token ids of "
@@ -168,7 +162,7 @@ class Session:
             raise ValueError("vlmflow: taps follow one prompt and its answer; read further images with an empty cache")
         if prefill.drops:
             self._refuse_checkpointing()
-        self._prefills.put(prefill)
+        call.prefill = prefill
         return args, prefill.take_deepstack(kwargs) if self._target.family.deepstack else kwargs
 
     def _refuse_checkpointing(self) -> None:
@@ -180,12 +174,18 @@ class Session:
             )
 
     def _leave_text(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        prefill = self._prefills.take()
+        call = self._calls.innermost()
+        prefill = None if call is None else call.prefill
+        if call is not None:
+            call.prefill = None
         if output is None:  # an exception, perhaps between watching a layer and its call
-            for layer_idx in self._watched_layers:
-                unwatch(self._target.attention(layer_idx))
+            self._unwatch()
         elif prefill is not None:
             self.trace.take(prefill.close())
+
+    def _unwatch(self) -> None:
+        for layer_idx in self._watched_layers:
+            unwatch(self._target.attention(layer_idx))
 
     # the decoder layers
 
@@ -194,7 +194,7 @@ class Session:
         names = tuple(inspect.signature(type(self._target.layers[layer_idx]).forward).parameters)[1:]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            prefill = self._prefills.mine()
+            prefill = self._calls.prefill()
             if prefill is not None and prefill.drops:
                 named = dict(zip(names, args, strict=False)) | kwargs  # one form for all: the layer's input, then names
                 hidden, kwargs = prefill.enter(layer_idx, module, named.pop(names[0]), named)
@@ -211,7 +211,7 @@ class Session:
 
     def _before_tapped_layer(self, layer_idx: int, tap: Tap) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prefill, layer = self._prefills.mine(), layer_of(kwargs.get("past_key_values"), layer_idx)
+            prefill, layer = self._calls.prefill(), layer_of(kwargs.get("past_key_values"), layer_idx)
             hidden = _hidden(args, kwargs)
             if prefill is not None:
                 layout, positions = prefill.layout, prefill.positions(layer)
@@ -223,7 +223,7 @@ class Session:
         return hook
 
     def _after_last_layer(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        prefill = self._prefills.mine()
+        prefill = self._calls.prefill()
         if prefill is None:
             return None
         if isinstance(output, tuple):  # in transformers 5.0
