@@ -87,19 +87,13 @@ def _check_complete(name: str, report: Mapping[str, Collection[Any]]) -> None:
         f"{key} is {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
     ]
     if wrong:
-        raise ModelError(
-            f"cannot load {name!r}: tensors of a wrong shape: {_first_few(wrong)}; get the checkpoint again"
-        )
+        raise ModelError(f"cannot load {name!r}: {_counted(wrong)} of a wrong shape; get the checkpoint again")
     if missing:
-        instead = f"; it holds others, which the model does not know: {_first_few(unused)}" if unused else ""
-        raise ModelError(
-            f"cannot load {name!r}: tensors that its checkpoint lacks: {_first_few(missing)}{instead}; get it complete"
-        )
+        instead = f", and holds {_counted(unused)} that the model does not know" if unused else ""
+        raise ModelError(f"cannot load {name!r}: its checkpoint lacks {_counted(missing)}{instead}; get it complete")
     if unused:
         warnings.warn(
-            f"{name}: tensors of the checkpoint that the model does not use: {_first_few(unused)}",
-            ModelWarning,
-            stacklevel=3,
+            f"{name}: the model does not use {_counted(unused)} of the checkpoint", ModelWarning, stacklevel=3
         )
 
 
@@ -108,7 +102,7 @@ def _check_finite(name: str, model: nn.Module) -> None:
     broken = [key for key, weight in weights if weight.dtype in _FLOATS and not _is_finite(weight)]
     if broken:
         raise ModelError(
-            f"cannot load {name!r}: tensors with values that are not finite (nan or inf): {_first_few(broken)}; "
+            f"cannot load {name!r}: {_counted(broken)} with values that are not finite (nan or inf); "
             "get the checkpoint again, or load it in a wider dtype"
         )
 
@@ -117,10 +111,10 @@ def _is_finite(weight: torch.Tensor) -> bool:
     return all(math.isfinite(bound) for bound in torch.aminmax(weight.detach()))
 
 
-def _first_few(names: Sequence[str]) -> str:
-    """The first three of many names, and how many there are."""
-    rest = f", ... ({len(names)} in all)" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+def _counted(names: Sequence[str]) -> str:
+    """How many tensors, and the first three names."""
+    rest = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{rest})"
 
 
 def _shape(size: Sequence[int]) -> str:
