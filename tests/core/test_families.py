@@ -71,11 +71,15 @@ def test_deepstack_is_what_the_text_decoder_takes(family: Family):
 # -- image token ids of other models
 
 
+class Bare(hf.PreTrainedModel):
+    """A model of a config alone; a class of its own, since transformers notes on the class what it finds out of it."""
+
+
 def with_config(name: str, **fields: Any) -> hf.PreTrainedModel:
     """A transformers model that has a config and nothing else, which is all that ids are read from."""
     if not hasattr(hf, name):
         pytest.skip(f"this transformers has no {name}")
-    return hf.PreTrainedModel(getattr(hf, name)(**fields))
+    return Bare(getattr(hf, name)(**fields))
 
 
 @pytest.mark.parametrize(
