@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import SAMPLEFORMAT
 from transformers.image_utils import load_image
 from typer.testing import CliRunner
 
@@ -86,6 +88,17 @@ GREY = Image.fromarray(RAMP).convert("RGB")
 )
 def test_deep_grey_is_scaled(content):
     assert same(open_image(content), GREY)
+
+
+def test_unsigned_32_bits_are_no_negative_numbers():
+    """Pillow reads the upper half of an unsigned TIFF as negative."""
+    content = bytearray(saved(Image.fromarray((RAMP.astype(np.uint32) * 16_843_009).view(np.int32)), "TIFF"))
+    (start,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        if struct.unpack_from("<H", content, entry) == (SAMPLEFORMAT,):
+            struct.pack_into("<H", content, entry + 8, 1)
+    assert same(open_image(bytes(content)), GREY)
 
 
 def test_float_between_0_and_1_is_not_stretched():

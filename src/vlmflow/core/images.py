@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import SAMPLEFORMAT, TiffImageFile
 
 from vlmflow.core.errors import one_line
 
@@ -69,9 +70,11 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a JPEG of some phones, with previews
         _warn(f"{name} has several frames or pages; only the first is read")
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    is_unsigned = image.mode == "I" and _is_unsigned(image)
     image = _upright(image, name)
     if image.mode in _DEEP_GREY:
-        return _shallow(image, name, is_16_bit).convert("RGB")
+        values = np.asarray(image).astype(np.uint32) if is_unsigned else np.asarray(image)
+        return _shallow(values, image, name, is_16_bit).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
@@ -100,9 +103,14 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         return image
 
 
-def _shallow(image: Image.Image, name: str, is_16_bit: bool) -> Image.Image:
-    """Deep grey as 8 bits."""
-    values = np.asarray(image).astype(np.float64)
+def _is_unsigned(image: Image.Image) -> bool:
+    """Whether 32-bit pixels are unsigned, for which Pillow has no mode: it reads the upper half as negative."""
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(SAMPLEFORMAT, (1,)) == (1,)
+
+
+def _shallow(values: np.ndarray, image: Image.Image, name: str, is_16_bit: bool) -> Image.Image:
+    """Deep grey as 8 bits; ``values`` are the pixels of ``image``."""
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ImageError(f"{name} has pixels that are not finite (nan or inf); mend them")
     low, high = (0, 65535) if is_16_bit else (values.min(), values.max())
