@@ -263,17 +263,6 @@ class EvaluationSummary:
     format: int = FORMAT
 
 
-@dataclass(frozen=True)
-class StudyCounts:
-    """Samples of a study of the flow: those dropped were answered right about a blank picture as well."""
-
-    asked: int
-    dropped: int
-    failed: int
-    kept: int
-    images: int
-
-
 RECORDS = (RunRecord, DemoRecord, FlowRecord, PriceRecord, BenchRecord, SweepRecord, ReportRecord, EvaluationSummary)
 
 
