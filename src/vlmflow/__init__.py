@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmflow.core.layout import Layout
-    from vlmflow.engine import Session, Trace, attach, prune
+    from vlmflow.engine import Session, Trace, answer_starts, attach, detach, prune
     from vlmflow.flow.knockout import Knockout
     from vlmflow.flow.saliency import Saliency, saliency
     from vlmflow.flow.withdrawal import withdrawal
@@ -43,7 +43,9 @@ __all__ = [
     "Uniform",
     "Unpruned",
     "View",
+    "answer_starts",
     "attach",
+    "detach",
     "make_pruner",
     "prune",
     "saliency",
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    **dict.fromkeys(("Session", "Trace", "attach", "prune"), "engine"),
+    **dict.fromkeys(("Session", "Trace", "answer_starts", "attach", "detach", "prune"), "engine"),
     "Knockout": "flow.knockout",
     "Layout": "core.layout",
     **dict.fromkeys(("Saliency", "saliency"), "flow.saliency"),

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import inspect
 import subprocess
 import sys
 import weakref
@@ -343,7 +342,7 @@ class TestRefuses:
 
     @pytest.mark.parametrize(
         ("family", "reason"),
-        [("Mllama", "no self-attention"), ("Qwen3_5", "no self-attention"), ("Gemma4", "full-length input")],
+        [("Mllama", "images do not stand in the sequence"), ("Qwen3_5", "layers 0 to 1 of this model are recurrent")],
     )
     def test_architectures_that_would_go_wrong(self, family, reason):
         if not hasattr(transformers, f"{family}Config"):
@@ -351,14 +350,8 @@ class TestRefuses:
         with torch.device("meta"):
             config = getattr(transformers, f"{family}Config")()
             model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
-        with pytest.raises(TypeError, match=reason):
+        with pytest.raises((TypeError, ValueError), match=reason):
             attach(model, HIMAP)
-
-    def test_gemma3n_layers_are_those_refused(self):
-        """The model itself needs a package for its tower; what its refusal looks at is there without it."""
-        from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextDecoderLayer
-
-        assert "per_layer_input" in inspect.signature(Gemma3nTextDecoderLayer.forward).parameters
 
     def test_tensor_parallel_models(self, own, monkeypatch):
         monkeypatch.setattr(type(own), "tp_size", 2)

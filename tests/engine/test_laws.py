@@ -85,17 +85,17 @@ def test_a_ragged_batch_equals_its_samples(family, attn, pruner):
     """Law 4, through generation; the batch has a text-only sample."""
     small = tiny.build(family, attn)
     samples = [*small.samples, small.sample([6], seed=9)]
-    with prune(small.model, pruner) as trace, torch.no_grad():
-        batch = small.collate(samples)
+    batch = small.collate(samples)
+    with prune(small.model, pruner) as together_trace, torch.no_grad():
         together = answer(small.model, batch)
-        kept = trace.kept[:]
-        for number, sample in enumerate(samples):
+    for number, sample in enumerate(samples):
+        with prune(small.model, pruner) as trace, torch.no_grad():
             alone = answer(small.model, sample)
-            padding = batch["input_ids"].shape[1] - sample["input_ids"].shape[1]
-            for layer in range(trace.n_layers):
-                assert torch.equal(kept[layer][number] - padding, trace.kept[layer][0])
-            for step, other in zip(together.logits, alone.logits, strict=True):
-                torch.testing.assert_close(step[number], other[0], atol=1e-4, rtol=0)
+        padding = batch["input_ids"].shape[1] - sample["input_ids"].shape[1]
+        for layer in range(trace.n_layers):
+            assert torch.equal(together_trace.kept[layer][number] - padding, trace.kept[layer][0])
+        for step, other in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(step[number], other[0], atol=1e-4, rtol=0)
 
 
 @kernels

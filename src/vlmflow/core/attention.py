@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -19,8 +19,8 @@ def _row_budget(device: torch.device) -> int:
 
 
 def take_sequence(
-    states: Float[Tensor, "*lead length channel"], index: Int[Tensor, "batch count"]
-) -> Float[Tensor, "*lead2 count channel"]:
+    states: Shaped[Tensor, "*lead length channel"], index: Int[Tensor, "batch count"]
+) -> Shaped[Tensor, "*lead2 count channel"]:
     """Gather along the sequence of ``states`` (..., batch or 1, length, channel), a different set for each sample."""
     batch = index.shape[0]
     states = states.expand(*states.shape[:-3], batch, *states.shape[-2:])

@@ -6,7 +6,9 @@ cropped, expanded, reset or handed from turn to turn, and the hooks stay without
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -14,12 +16,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import cache_utils
 from transformers.cache_utils import Cache
 
 from vlmflow.core.attention import causal_mask, select_mask
 
 CacheLayer = Any  # transformers' classes of cache layers have no common type that names what they share
 UNUSED = 2**62  # logical position of a slot that only pads: beyond every mask
+_KNOWN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer", "StaticLayer")  # classes that we can cut
 
 
 @dataclass
@@ -27,14 +31,16 @@ class Slots:
     """Which logical position each physical slot of a pruned cache layer holds, right after the pruned prefill.
 
     Layers that were pruned together share one ``Slots``. Later tokens follow slot by slot and need no entry. Beam
-    search may reorder the cache under it: the beams of a sample share their prompt, and so their slots.
+    search may reorder the cache under it: the beams of a sample share their prompt, and so their slots. ``views`` are
+    what layers see of these slots that read another's keys and values, by the layer: some of them are not valid there.
     """
 
     position: Int[Tensor, "batch slot"]
     valid: Bool[Tensor, "batch slot"]
     all_valid: bool
     logical_length: int  # positions that the unpruned cache would hold
-    _masks: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    views: dict[int, Slots] = field(default_factory=dict)
+    _masks: dict[int, tuple[Callable[[], Tensor | None], Tensor | None]] = field(default_factory=dict)
     _padded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -48,11 +54,15 @@ class Slots:
         return self.logical_length - self.length
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
-        return Slots(self.position, self.valid, self.all_valid, self.logical_length)  # its tensors never change
+        return replace(self, _masks={}, _padded={})  # its tensors never change
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slots, (self.position, self.valid, self.all_valid, self.logical_length, self.views)
 
     def rows(self, index: Tensor) -> Slots:
         """The same slots for other batch rows."""
-        return Slots(self.position[index], self.valid[index], self.all_valid, self.logical_length)
+        views = {layer_idx: view.rows(index) for layer_idx, view in self.views.items()}
+        return Slots(self.position[index], self.valid[index], self.all_valid, self.logical_length, views)
 
     def padded(self, capacity: int) -> tuple[Tensor, Tensor]:
         """Position and validity of all ``capacity`` slots of a static layer, those still to be filled included."""
@@ -85,44 +95,69 @@ class Slots:
         ahead = ahead.expand(position.shape[0], -1)
         return torch.cat([position, ahead], 1), torch.cat([valid, torch.ones_like(ahead, dtype=torch.bool)], 1)
 
-    def tell(self, layer: CacheLayer, n_query: int, kwargs: dict[str, Any], is_flash: bool) -> dict[str, Any]:
-        """A decoder layer's keyword arguments while decoding, for the slots that ``layer`` of the cache has."""
-        mask, position = kwargs.get("attention_mask"), kwargs.get("cache_position")
-        narrow = self._narrow(layer, mask, n_query, is_flash)
-        if position is not None and (narrow is not mask or capacity(layer) is not None):
-            kwargs = {**kwargs, "cache_position": position - self.dropped}  # until transformers 5.4, where to write
-        return kwargs if narrow is mask else {**kwargs, "attention_mask": narrow}
+    def narrow(self, layer: CacheLayer, mask: Tensor | None, n_query: int, n_written: int, text: Any) -> Tensor | None:
+        """The mask of the whole text for the slots of ``layer``: made once a step for layers that share both.
 
-    def _narrow(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
-        """The mask of the whole text for the slots of ``layer``: made once a step for layers that share both."""
+        ``n_written`` of the ``n_query`` new tokens are in the layer already. ``text`` is the text decoder's config.
+        """
         if mask is None and self.all_valid:
             return None
         if torch.compiler.is_compiling() or mask is None:
-            return self._narrowed(layer, mask, n_query, is_flash)
+            return self._narrowed(layer, mask, n_query, n_written, text)
         known, narrow = self._masks.get(id(mask), (None, None))
-        if known is not mask:
-            if len(self._masks) > 4:  # one kind of mask a layer type; older ones belong to earlier steps
-                self._masks.clear()
-            narrow = self._narrowed(layer, mask, n_query, is_flash)
-            self._masks[id(mask)] = (mask, narrow)
+        if known is None or known() is not mask:
+            narrow = self._narrowed(layer, mask, n_query, n_written, text)
+            alive = {
+                key: entry for key, entry in self._masks.items() if entry[0]() is not None
+            }  # none of earlier steps
+            self._masks = {**alive, id(mask): (weakref.ref(mask), narrow)}
         return narrow
 
-    def _narrowed(self, layer: CacheLayer, mask: Tensor | None, n_query: int, is_flash: bool) -> Tensor | None:
+    def _narrowed(
+        self, layer: CacheLayer, mask: Tensor | None, n_query: int, n_written: int, text: Any
+    ) -> Tensor | None:
         if (n_slots := capacity(layer)) is not None:
             assert mask is not None, "a static cache always comes with a mask"
             return select_mask(mask, None, *self.padded(n_slots))
-        position, valid = self.followed_by(physical_length(layer) - self.length, n_query)
-        end = self.logical_length + physical_length(layer) - self.length + n_query
+        n_new = physical_length(layer) - n_written - self.length
+        position, valid = self.followed_by(n_new, n_query)
+        end = self.logical_length + n_new + n_query
         if layer.is_sliding:
-            stored = min(layer.keys.shape[-2], layer.sliding_window - 1) + n_query
+            before = position.shape[1] - n_query if n_written else layer.keys.shape[-2]
+            stored = min(before, layer.sliding_window - 1) + n_query
             position, valid = position[:, -stored:], valid[:, -stored:]
         if mask is not None and mask.dim() == 4:
             return select_mask(mask, None, position - (end - mask.shape[-1]), valid)
         if self.all_valid:
             return None
-        if is_flash or mask is not None:
+        if is_flash(text) or mask is not None:
             return valid
         return causal_mask(n_query, valid)
+
+
+def is_flash(text: Any) -> bool:
+    """Whether the kernel that a text decoder's config names takes 2-D padding masks."""
+    return "flash" in (text._attn_implementation or "")
+
+
+def follow(layer_idx: int, source: int, hidden: Tensor, kwargs: dict[str, Any], text: Any) -> dict[str, Any]:
+    """A decoder layer's keyword arguments while decoding, for the slots that its cache has.
+
+    ``source`` is the layer whose keys and values it reads; ``text`` is the text decoder's config.
+    """
+    layer = layer_of(kwargs.get("past_key_values"), source)
+    slots = slots_of(layer)
+    if slots is None:
+        return kwargs
+    mask, n_query = kwargs.get("attention_mask"), hidden.shape[-2]
+    if source != layer_idx:
+        narrow = slots.views.get(layer_idx, slots).narrow(layer, mask, n_query, n_query, text)
+        return kwargs if narrow is mask else {**kwargs, "attention_mask": narrow}
+    expect(layer)
+    narrow, position = slots.narrow(layer, mask, n_query, 0, text), kwargs.get("cache_position")
+    if position is not None and (narrow is not mask or capacity(layer) is not None):
+        kwargs = {**kwargs, "cache_position": position - slots.dropped}  # until transformers 5.4, where to write
+    return kwargs if narrow is mask else {**kwargs, "attention_mask": narrow}
 
 
 def layer_of(past_key_values: Cache | None, layer_idx: int) -> CacheLayer | None:
@@ -143,9 +178,29 @@ def hold(past_key_values: Cache, held: dict[int, Slots]) -> None:
         layer = layer_of(past_key_values, layer_idx)
         if layer is None:
             continue
+        check_kind(layer)
         if slots_of(layer) is None:
             layer.__class__ = _pruned_class(type(layer))
         layer.vlmflow_slots = slots
+
+
+def check_kind(layer: CacheLayer) -> None:
+    """Refuse a cache layer of a class that might count its slots in a way of its own.
+
+    Raises:
+        ValueError: with the class.
+    """
+    known = [getattr(cache_utils, name) for name in _KNOWN if hasattr(cache_utils, name)]
+    if slots_of(layer) is None and type(layer) not in known:
+        hint = " with sliding-window layers" if isinstance(layer, cache_utils.StaticSlidingWindowLayer) else ""
+        raise ValueError(
+            f"vlmflow: a KV cache{hint} of {type(layer).__name__} cannot hold a pruned prompt; use the dynamic cache"
+        )
+
+
+def expect(layer: CacheLayer) -> None:
+    """Note that what a pruned layer is about to be given was made for its slots."""
+    layer.vlmflow_expects = True
 
 
 def physical_length(layer: CacheLayer) -> int:
@@ -168,7 +223,20 @@ def _pruned_class(cls: Any) -> Any:
     class Pruned(cls):
         _layer_type = None  # or transformers would register this class in place of its parent
         vlmflow_slots: Slots
+        vlmflow_expects = False  # whether a session has told the decoder layer of the missing tokens
         _physical = False
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.vlmflow_expects:
+                raise RuntimeError(
+                    "vlmflow: this KV cache holds a pruned prompt, and no session that prunes its layers is attached "
+                    "to the model now; go on inside the session that pruned it, or in one whose pruner begins no later"
+                )
+            self.vlmflow_expects = False
+            return super().update(*args, **kwargs)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _restored, (cls, vars(self))
 
         def physical_length(self) -> int:
             return int(super().get_seq_length())
@@ -210,3 +278,11 @@ def _pruned_class(cls: Any) -> Any:
 
     Pruned.__name__ = Pruned.__qualname__ = f"Pruned{cls.__name__}"
     return Pruned
+
+
+def _restored(cls: Any, state: dict[str, Any]) -> Any:
+    """A pruned layer that was copied or saved."""
+    pruned = _pruned_class(cls)
+    layer = pruned.__new__(pruned)
+    vars(layer).update(state)
+    return layer

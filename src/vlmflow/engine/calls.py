@@ -1,36 +1,59 @@
 """Which calls of a model are running, thread by thread.
 
 A call may be nested in another, where a hook calls the model again. And it may end without a word: torch runs its hooks
-after an exception, but not after a KeyboardInterrupt. What tells is the frame in which the model runs.
+after an exception, but not after a KeyboardInterrupt. What tells is the frame in which the model runs. So it is with
+``generate()``, of whose settings a model is told nothing.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import get_ident
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import GenerationMixin
 
-from vlmflow.engine.prefill import Prefill
-from vlmflow.engine.prompt import Prompt
+if TYPE_CHECKING:
+    from vlmflow.engine.prefill import Prefill
+    from vlmflow.engine.prompt import Inputs
 
 _CALL = nn.Module._call_impl.__code__
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A ``generate()`` that is running."""
+
+    length: int  # of the prompt, with what its cache holds already
+    chunk_size: int | None  # tokens of the prompt that are read at once
+
+    @classmethod
+    def running(cls) -> Generation | None:
+        """This thread's, the innermost."""
+        frame = next((frame for frame in _frames() if frame.f_code is _GENERATE), None)
+        if frame is None:
+            return None
+        given = frame.f_locals
+        return cls(given["input_ids"].shape[1], given["generation_config"].prefill_chunk_size)
 
 
 @dataclass
 class Call:
     """A running call of a model around the text decoder.
 
-    ``prompt`` is there until the text decoder takes it, then ``prefill`` until that ends; neither, where a call reads
-    one token inside another call. ``frame`` is torch's, in which the model runs.
+    ``inputs`` are there until the text decoder takes them, then ``prefill`` until that ends; neither, where a call
+    reads one token inside another call. ``frame`` is torch's, in which the model runs.
     """
 
     frame: FrameType | None
     model: nn.Module
-    prompt: Prompt | None
+    inputs: Inputs | None
     prefill: Prefill | None = None
 
 
@@ -47,16 +70,18 @@ class Calls(dict[int, list[Call]]):
         call = self.innermost()
         return None if call is None else call.prefill
 
-    def begin(self, model: nn.Module, prompt: Prompt | None) -> None:
+    def begin(self, model: nn.Module, inputs: Inputs | None) -> None:
         """Note a call of this thread, from a hook that runs before the model's forward."""
         frame = next((frame for frame in _frames() if frame.f_code is _CALL), None)
-        self.setdefault(get_ident(), []).append(Call(frame, model, prompt))
+        self.setdefault(get_ident(), []).append(Call(frame, model, inputs))
 
-    def end(self, model: nn.Module) -> None:
-        """Forget this thread's innermost call, if it is one of ``model``."""
+    def end(self, model: nn.Module) -> Call | None:
+        """Forget this thread's innermost call, if it is one of ``model``, and give it."""
         call = self.innermost()
-        if call is not None and call.model is model:
-            self._forget_last()
+        if call is None or call.model is not model:
+            return None
+        self._forget_last()
+        return call
 
     def forget_interrupted(self) -> bool:
         """Forget this thread's calls that run no longer; whether there were any."""

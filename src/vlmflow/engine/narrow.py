@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,21 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import StaticSlidingWindowLayer
 
 from vlmflow.core.attention import causal_mask, select_mask, take_sequence
 from vlmflow.core.select import right_align
-from vlmflow.engine.cache import UNUSED, CacheLayer, Slots, capacity, layer_of, physical_length, slots_of
-
-# packing cannot be pruned batch by batch
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+from vlmflow.engine.cache import (
+    UNUSED,
+    CacheLayer,
+    Slots,
+    capacity,
+    check_kind,
+    expect,
+    layer_of,
+    physical_length,
+    slots_of,
+)
+from vlmflow.engine.target import Target
 
 
 @dataclass(frozen=True)
@@ -67,67 +74,112 @@ class Narrowing:
     Each thing is made once, for all layers that are given the same.
     """
 
-    selection: Selection
+    first: int  # the layer before which the drop was; 0, before any
     past: int  # logical positions already in the cache
-    length: int  # of the whole prompt
-    is_flash: bool  # whether the kernel takes 2-D padding masks
-    _made: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+    selections: Sequence[Selection]  # what enters each layer, the whole prompt first
+    held: dict[int, Slots]  # by layer, what its cache will hold; layers that were told are entered
+    target: Target
+    _made: dict[tuple[str, int, int], tuple[Any, Any]] = field(default_factory=dict)
 
-    def tell(self, layer_idx: int, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Slots]:
-        """A layer's keyword arguments for the positions that are left, and what its cache will then hold.
+    @property
+    def selection(self) -> Selection:
+        """The positions that are left."""
+        return self.selections[self.first]
+
+    @property
+    def length(self) -> int:
+        """Positions of the whole prompt."""
+        return self.selections[0].index.shape[1]
+
+    def tell(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A layer's keyword arguments for the positions that are left.
 
         Raises:
-            ValueError: a sliding window that would be counted in slots.
+            ValueError: an argument, a window or a cache of a form that cannot be cut.
         """
-        layer = layer_of(kwargs.get("past_key_values"), layer_idx)
-        self._refuse_window(layer)
-        slots = self.slots(layer)
-        mask, tables, ids = kwargs["attention_mask"], kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        told = {**kwargs, "attention_mask": self._once("mask", mask, lambda: self._mask(mask, layer, slots))}
-        if tables is not None:  # rotated already: ids with gaps would only make flash attention see packed samples
-            told |= {"position_embeddings": tuple(map(self._shorten, tables)), "position_ids": None}
-        elif ids is not None:
-            told["position_ids"] = self._shorten_ids(ids)
-        if (place := kwargs.get("cache_position")) is not None:
-            start, end = slots.length - self.selection.index.shape[1], slots.length
-            told["cache_position"] = self._once("place", slots, lambda: torch.arange(start, end, device=place.device))
-        for name in _PACKED:
-            if kwargs.get(name) is not None:
-                told[name] = None
-        return told, slots
+        source = self.target.source(layer_idx)
+        layer = layer_of(kwargs.get("past_key_values"), source)
+        if not self.first and slots_of(layer) is None:
+            return kwargs
+        mask, place = kwargs.get("attention_mask"), kwargs.get("cache_position")
+        told = {name: self._shortened(name, value) for name, value in kwargs.items() if name != "attention_mask"}
+        if not self.target.attends(layer_idx):
+            return told | {"attention_mask": self._rows(mask)}
+        self._refuse(layer)
+        if source == layer_idx:
+            slots = self.held[layer_idx] = self.slots(layer)
+            if slots_of(layer) is not None:
+                expect(layer)
+        else:
+            slots = self._view(layer_idx, source, layer)
+        told["attention_mask"] = self._once("mask", mask, slots, lambda: self._mask(mask, layer, slots, source))
+        if place is not None:
+            told["cache_position"] = self._once("place", slots, None, lambda: self._place(slots, place.device))
+        return told
 
     def slots(self, layer: CacheLayer | None) -> Slots:
         """What a layer's cache will hold after this pass."""
         before = slots_of(layer) if self.past else None
-        return self._once("slots", before, lambda: self._slots(before, layer))
+        return self._once("slots", before, None, lambda: self._slots(self.selection, before, layer))
 
-    def _refuse_window(self, layer: CacheLayer | None) -> None:
-        if isinstance(layer, StaticSlidingWindowLayer):
-            raise ValueError(
-                "vlmflow: a static cache with sliding-window layers cannot hold a pruned prompt; use the dynamic cache"
-            )
-        if self.is_flash and layer is not None and layer.is_sliding:
+    def _place(self, slots: Slots, device: torch.device) -> Tensor:
+        """Until transformers 5.4: the slots to write to."""
+        return torch.arange(slots.length - self.selection.index.shape[1], slots.length, device=device)
+
+    def _refuse(self, layer: CacheLayer | None) -> None:
+        if layer is None:
+            return
+        check_kind(layer)
+        if self.target.is_flash and layer.is_sliding:
             raise ValueError(
                 "vlmflow: flash attention counts a sliding window in slots, which pruning widens; load the model with "
                 'attn_implementation="sdpa"'
             )
 
-    def _shorten(self, table: Tensor) -> Tensor:
-        """A table (..., batch or 1, prompt length, channel), for the positions that are left."""
-        return self._once("table", table, lambda: take_sequence(table, self.selection.index))
+    def _shortened(self, name: str, value: Any) -> Any:
+        """An argument of a layer for the positions that are left, by its shape: every model has names of its own.
 
-    def _shorten_ids(self, ids: Tensor) -> Tensor:
-        """Ids (..., batch or 1, prompt length), for the positions that are left."""
-        return self._once("ids", ids, lambda: take_sequence(ids[..., None], self.selection.index)[..., 0])
+        Tables are (..., batch or 1, length, channel), ids (..., batch or 1, length), others (batch or 1, length, ...).
+        """
+        if isinstance(value, tuple | list):
+            return type(value)(self._shortened(name, part) for part in value)
+        if not isinstance(value, Tensor) or self.length not in value.shape:
+            return value
+        if name == "position_ids" and self.target.is_flash:
+            return None  # ids with gaps would make flash attention see packed samples
+        table = name.startswith("position_embeddings")
+        axis = value.dim() - 2 if table else value.dim() - 1 if name == "position_ids" else 1
+        if value.dim() <= axis or value.shape[axis] != self.length:
+            raise ValueError(
+                f"vlmflow: a decoder layer is given {name!r} of shape {tuple(value.shape)}, which holds something for "
+                f"each of the prompt's {self.length} tokens in a way that is not known; this model cannot be pruned"
+            )
+        return self._once(name, value, None, lambda: self._take(value, axis))
 
-    def _mask(self, mask: Tensor | None, layer: CacheLayer | None, slots: Slots) -> Tensor | None:
+    def _take(self, value: Tensor, axis: int) -> Tensor:
+        """The positions that are left, of a tensor whose ``axis`` is the prompt and the one before it the batch."""
+        flat = value.flatten(axis + 1) if value.dim() > axis + 1 else value[..., None]
+        taken = take_sequence(flat, self.selection.index)
+        return taken.reshape(*taken.shape[: axis + 1], *value.shape[axis + 1 :])
+
+    def _rows(self, mask: Tensor | None) -> Tensor | None:
+        """A recurrent layer's mask: which of its rows are tokens."""
+        now = self.selection
+        if mask is None:
+            return None if now.all_valid else now.valid
+        return self._once("rows", mask, None, lambda: now.valid.to(mask.dtype))
+
+    def _mask(self, mask: Tensor | None, layer: CacheLayer | None, slots: Slots, source: int) -> Tensor | None:
         """The mask that the model built for the whole prompt, narrowed to the rows and keys of a layer."""
-        n_query, n_slots = self.selection.index.shape[1], capacity(layer)
+        n_query, n_slots = self.selections[source].index.shape[1], capacity(layer)
         if mask is None or mask.dim() == 2:
             if slots.all_valid:
                 return None
-            if mask is not None or self.is_flash:
+            if mask is not None or self.target.is_flash:
                 return slots.valid
+            if self.selection.index.shape[1] < n_query:  # its keys are those of more tokens than its rows
+                row = self.past + self.selection.index
+                return ((slots.position[:, None] <= row[..., None]) & slots.valid[:, None])[:, None]
             built = causal_mask(n_query, slots.valid)
             return built if n_slots is None else pad(built, (0, n_slots - slots.length))
         position, valid = slots.position, slots.valid
@@ -137,10 +189,10 @@ class Narrowing:
             stored = min(slots.length - n_query, layer.sliding_window - 1) + n_query
             position = position[:, -stored:] - (slots.logical_length - mask.shape[-1])
             valid = valid[:, -stored:]
-        return select_mask(mask, self.selection.index, position, valid)
+        rows = self.selection.index if mask.shape[-2] == self.length else None  # Gemma 4 computes the last rows only
+        return select_mask(mask, rows, position, valid)
 
-    def _slots(self, before: Slots | None, layer: CacheLayer | None) -> Slots:
-        now = self.selection
+    def _slots(self, now: Selection, before: Slots | None, layer: CacheLayer | None) -> Slots:
         position, valid, all_valid = torch.where(now.valid, self.past + now.index, UNUSED), now.valid, now.all_valid
         if self.past and before is None:
             past = torch.arange(self.past, device=position.device).expand(position.shape[0], -1)
@@ -151,8 +203,32 @@ class Narrowing:
             all_valid = all_valid and before.all_valid
         return Slots(position, valid, all_valid, self.past + self.length)
 
-    def _once(self, kind: str, given: Any, make: Callable[[], Any]) -> Any:
-        key = (kind, id(given))
+    def _view(self, layer_idx: int, source: int, layer: CacheLayer | None) -> Slots:
+        """The slots of an earlier layer, as one sees them that reads its keys: less what was dropped since."""
+        if source not in self.held:  # nothing was dropped ahead of it
+            self.held[source] = self._slots(self.selections[0], None, layer)
+        keys, now, before = self.held[source], self.selection, slots_of(layer)
+        earlier = None if before is None else before.views.get(layer_idx)
+        if self.first <= source and earlier is None:
+            return keys
+        if self.target.is_flash:
+            raise ValueError(
+                "vlmflow: flash attention cannot hide keys that a layer reads from an earlier one; load the model with "
+                'attn_implementation="sdpa"'
+            )
+        end = self.past + self.length
+        left = torch.zeros(now.index.shape[0], end + 1, dtype=torch.bool, device=now.index.device)
+        left[:, : self.past] = True
+        left = left.scatter(1, torch.where(now.valid, self.past + now.index, end), True)
+        valid = keys.valid & torch.gather(left, 1, keys.position.clamp(max=end))
+        if earlier is not None:
+            valid = valid & pad(earlier.valid, (0, valid.shape[1] - earlier.length), value=True)
+        view = Slots(keys.position, valid, False, keys.logical_length)
+        keys.views[layer_idx] = view
+        return view
+
+    def _once(self, kind: str, given: Any, also: Any, make: Callable[[], Any]) -> Any:
+        key = (kind, id(given), id(also))
         if key not in self._made:
-            self._made[key] = (given, make())  # holding what was given keeps its id from being used again
+            self._made[key] = ((given, also), make())  # holding what was given keeps its id from being used again
         return self._made[key][1]

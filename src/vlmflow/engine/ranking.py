@@ -16,7 +16,42 @@ from vlmflow.core.select import right_align
 from vlmflow.engine.cache import CacheLayer, capacity, layer_of, physical_length
 from vlmflow.engine.narrow import Selection
 from vlmflow.engine.probe import KernelCall, unwatch, watch
-from vlmflow.pruners import Queries
+from vlmflow.engine.target import Target
+from vlmflow.pruners import Pruner, Queries
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where the attention that ranks for a stage is seen."""
+
+    layer: int
+    queries: Queries
+    is_ahead: bool  # whether the layer is run ahead of the drop, and not read as it computes
+
+    @classmethod
+    def all(cls, pruner: Pruner, target: Target) -> dict[int, Look]:
+        """The looks of a pruner's stages, by the layer of the drop.
+
+        Where a layer is recurrent, the nearest attention layer before it ranks in its place.
+
+        Raises:
+            ValueError: a stage with no attention layer between it and the stage before, or the start.
+        """
+        looks, since = {}, 0
+        for stage in pruner.checked_stages(len(target.layers), 0):
+            if stage.queries is not None:
+                attending = [
+                    layer_idx for layer_idx in range(since, stage.scored_layer + 1) if target.attends(layer_idx)
+                ]
+                if not attending:
+                    raise ValueError(
+                        f"vlmflow: {pruner} prunes before layer {stage.layer} by attention, but layers {since} to "
+                        f"{stage.scored_layer} of this model are recurrent and have none; its attention layers are "
+                        f"{', '.join(str(i) for i in range(len(target.layers)) if target.attends(i))}"
+                    )
+                looks[stage.layer] = cls(attending[-1], stage.queries, attending[-1] == stage.layer)
+            since = stage.layer
+        return looks
 
 
 @dataclass
@@ -62,17 +97,16 @@ def read_ahead(
     selection: Selection,
     layer_idx: int,
     module: Any,
-    hidden: Float[Tensor, "batch length hidden"],
+    hidden: Float[Tensor, "*streams batch length hidden"],
     kwargs: dict[str, Any],
 ) -> Reading:
-    """Run a layer as far as its q and k, on a copy of its cache."""
-    shadow = _shadow(kwargs["past_key_values"], layer_idx)
-    reading = Reading.of(queries, selection, layer_of(shadow, layer_idx))
+    """Run a layer as far as its q and k, on a cache that may be written to (see ``shadow``)."""
+    reading = Reading.of(queries, selection, layer_of(kwargs["past_key_values"], layer_idx))
     watch(module.self_attn, _stop)
     watch(module.self_attn, reading)
     try:
         with torch.no_grad():
-            module.forward(hidden, **{**kwargs, "past_key_values": shadow})
+            module.forward(hidden, **kwargs)
     except _Stopped:
         pass
     finally:
@@ -80,11 +114,9 @@ def read_ahead(
     return reading
 
 
-def _shadow(cache: Cache | None, layer_idx: int) -> Cache | None:
+def shadow(cache: Cache, layer_idx: int) -> Cache:
     """A cache that may be written to without a trace, as far as one layer is concerned."""
-    if cache is None:
-        return None
-    shadow = copy.copy(cache)
-    shadow.layers = list(cache.layers)
-    shadow.layers[layer_idx] = copy.deepcopy(cache.layers[layer_idx])
-    return shadow
+    copied = copy.copy(cache)
+    copied.layers = list(cache.layers)
+    copied.layers[layer_idx] = copy.deepcopy(cache.layers[layer_idx])
+    return copied

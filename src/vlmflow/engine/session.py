@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmflow.engine.cache import layer_of, slots_of
+from vlmflow.engine.cache import follow, layer_of
 from vlmflow.engine.calls import Calls
 from vlmflow.engine.prefill import Prefill
 from vlmflow.engine.probe import unwatch, unwatch_everywhere, watch
-from vlmflow.engine.prompt import Prompt
+from vlmflow.engine.prompt import Inputs
+from vlmflow.engine.ranking import Look
 from vlmflow.engine.tap import Tap, decode_positions, tapped
 from vlmflow.engine.target import Target
 from vlmflow.engine.trace import Trace
@@ -23,7 +25,7 @@ from vlmflow.pruners import Pruner, Unpruned
 
 _CHECKPOINTS_HOOKS = "__call__" in vars(GradientCheckpointingLayer)  # until transformers 5.23
 
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_attached: weakref.WeakKeyDictionary[nn.Module, Callable[[], Session | None]] = weakref.WeakKeyDictionary()
 _attaching = threading.Lock()
 
 
@@ -58,39 +60,59 @@ def prune(model: nn.Module, pruner: Pruner) -> Session:
     return Session(model, pruner, ())
 
 
+def detach(model: nn.Module) -> None:
+    """Take away whatever session is attached to a model, held by anyone or not; nothing where there is none."""
+    for module in model.modules():
+        session = _attached.get(module, lambda: None)()
+        if session is not None:
+            session.detach()
+
+
 class Session:
     """The hooks of one attachment. A context manager that gives the ``Trace``; or call ``detach()``."""
 
     def __init__(self, model: nn.Module, pruner: Pruner, taps: Sequence[Tap]):
         self._target = target = Target.find(model)
         n_layers = len(target.layers)
-        stages = pruner.checked_stages(n_layers, 0)
         for layer_idx in sorted({layer_idx for tap in taps for layer_idx in tap.layers}):
             if not 0 <= layer_idx < n_layers:
                 raise ValueError(
                     f"vlmflow: a tap wants layer {layer_idx}, but this model has layers 0 to {n_layers - 1}"
                 )
+            if not target.attends(layer_idx):
+                raise ValueError(f"vlmflow: a tap wants layer {layer_idx}, which is recurrent and has no attention")
         self._pruner = pruner
         self._taps = tuple(taps)
-        self._stage_layers = [stage.layer for stage in stages]
-        self._read_layers = {stage.scored_layer for stage in stages if stage.queries is not None and not stage.peek}
+        self._stage_layers = [stage.layer for stage in pruner.checked_stages(n_layers, 0)]
+        self._looks = Look.all(pruner, target)
+        self._read_layers = {look.layer for look in self._looks.values() if not look.is_ahead}
         self._watched_layers = self._read_layers.union(*(tap.layers for tap in taps))
         self.trace = Trace(target.core.config, pruner, n_layers)
         self._calls = Calls()
+        self._embedded = threading.local()
+        self._is_unsure = False  # whether a prompt came as embeddings, and no image was found in it
         self._handles: list[Any] = []
         with _attaching:
             if target.text in _attached:
                 raise ValueError(
-                    f"vlmflow: {type(target.core).__name__} already has a session; leave it (or call detach()) first"
+                    f"vlmflow: {type(target.core).__name__} already has a session; leave it, or call "
+                    "vlmflow.detach(model) first"
                 )
-            _attached.add(target.text)
+            _attached[target.text] = weakref.ref(self)
         self._install()
 
     def __enter__(self) -> Trace:
         return self.trace
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.detach()
+        if kind is None and self._stage_layers and self._is_unsure and not self.trace.has_image:
+            warnings.warn(
+                f"vlmflow: this session of {self._pruner} ends without having pruned anything: it was given embeddings "
+                "in which no image could be found. Pass input_ids, or make the embeddings with the model's own table "
+                "inside the session",
+                stacklevel=2,
+            )
 
     def detach(self) -> None:
         """Take every hook away; the trace stays readable. A second call does nothing."""
@@ -100,27 +122,33 @@ class Session:
         self._calls.clear()
         for layer_idx in self._watched_layers:
             unwatch_everywhere(self._target.attention(layer_idx))
-        _attached.discard(self._target.text)
+        _attached.pop(self._target.text, None)
 
     def _install(self) -> None:
         target, keep = self._target, self._handles.append
         for model in target.outer:
-            keep(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
-            keep(model.register_forward_hook(self._leave_model, always_call=True))
-        keep(target.text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
-        keep(target.text.register_forward_hook(self._leave_text, always_call=True))
-        first = min([*self._stage_layers, *self._read_layers, len(target.layers)])
+            keep(model.register_forward_pre_hook(_Hook(self._enter_model), with_kwargs=True))
+            keep(model.register_forward_hook(_Hook(self._leave_model), always_call=True))
+        keep(target.text.embed_tokens.register_forward_pre_hook(_Hook(self._note_embedded)))
+        keep(target.text.register_forward_pre_hook(_Hook(self._enter_text), with_kwargs=True))
+        keep(target.text.register_forward_hook(_Hook(self._leave_text), always_call=True))
+        shared = target.shared.values() if self._stage_layers else ()
+        first = min([*self._stage_layers, *self._read_layers, *shared, len(target.layers)])
         for layer_idx in range(first, len(target.layers)):
-            hook = self._before_layer(layer_idx)
+            hook = _Hook(self._before_layer(layer_idx))
             keep(target.layers[layer_idx].register_forward_pre_hook(hook, with_kwargs=True))
         for tap in self._taps:
             for layer_idx in tap.layers:
-                hook = self._before_tapped_layer(layer_idx, tap)
+                hook = _Hook(self._before_tapped_layer(layer_idx, tap))
                 keep(target.layers[layer_idx].register_forward_pre_hook(hook, with_kwargs=True))
         if self._stage_layers:
-            keep(target.layers[-1].register_forward_hook(self._after_last_layer))
+            keep(target.layers[-1].register_forward_hook(_Hook(self._after_last_layer)))
 
     # the models around the text decoder
+
+    def _note_embedded(self, module: Any, args: tuple[Any, ...]) -> None:
+        if args and args[0].dim() == 2 and args[0].shape[1] > 1:
+            self._embedded.ids = args[0]
 
     def _enter_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -130,13 +158,22 @@ class Session:
         if self._calls and self._calls.forget_interrupted():
             self._unwatch()
         around = self._calls.innermost()
-        if around is not None and around.prompt is not None and around.model is not module:
+        if around is not None and around.inputs is not None and around.model is not module:
             return  # a model inside the one that was called
-        prompt = None if given.shape[1] == 1 else Prompt.read(self._target, ids, kwargs)
-        self._calls.begin(module, prompt)
+        embedded = getattr(self._embedded, "ids", None)
+        inputs = None if given.shape[1] == 1 else Inputs.read(self._target, ids, embedded, kwargs)
+        self._calls.begin(module, inputs)
 
     def _leave_model(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        self._calls.end(module)
+        call = self._calls.end(module)
+        if output is None or call is None or call.inputs is None or not (self._stage_layers or self._taps):
+            return
+        if bool(call.inputs.image.any()):
+            raise RuntimeError(
+                f"vlmflow: {type(module).__name__} was called with image tokens, but its text decoder, "
+                f"{type(self._target.text).__name__}, never got them by a call that hooks see; attach to the model as "
+                "it is called, not compiled and not copied"
+            )
 
     # the text decoder
 
@@ -144,26 +181,26 @@ class Session:
         call, embeds = self._calls.innermost(), kwargs.get("inputs_embeds")
         if embeds is None:  # some text decoders embed images themselves
             embeds = args[0] if args else kwargs.get("input_ids")
-        if call is None or call.prompt is None or embeds is None:
+        if call is None or call.inputs is None or embeds is None:
             return None
-        prompt, call.prompt = call.prompt, None
-        if prompt.image.shape != embeds.shape[:2]:
+        inputs, call.inputs = call.inputs, None
+        if inputs.image.shape != embeds.shape[:2]:
             raise RuntimeError(
                 f"vlmflow: {type(module).__name__} got a sequence of shape {tuple(embeds.shape[:2])} for token ids of "
-                f"shape {tuple(prompt.image.shape)}; a model that changes the length of its prompt cannot be pruned"
+                f"shape {tuple(inputs.image.shape)}; a model that changes the length of its prompt cannot be pruned"
             )
         past_key_values = kwargs.get("past_key_values")
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        layout, asked = prompt.layout(embeds, kwargs.get("attention_mask"), past)
-        prefill = Prefill.open(self._pruner, self.trace.n_layers, layout, asked, past, self._target.is_flash)
-        if past and not any(prefill.prompt.image_tokens):
+        prompt = inputs.prompt(embeds, kwargs.get("attention_mask"), past)
+        prefill = Prefill.open(self._pruner, self._target, self._looks, prompt)
+        if past and not any(prefill.selection.image_tokens):
             return None  # more text, in chat or to be verified: part of decoding
         if past and self._taps:
             raise ValueError("vlmflow: taps follow one prompt and its answer; read further images with an empty cache")
         if prefill.drops:
             self._refuse_checkpointing()
         call.prefill = prefill
-        return args, prefill.take_deepstack(kwargs) if self._target.family.deepstack else kwargs
+        return args, prefill.enter_text(kwargs)
 
     def _refuse_checkpointing(self) -> None:
         text = self._target.text
@@ -182,6 +219,7 @@ class Session:
             self._unwatch()
         elif prefill is not None:
             self.trace.take(prefill.close())
+            self._is_unsure |= prefill.prompt.ids is None
 
     def _unwatch(self) -> None:
         for layer_idx in self._watched_layers:
@@ -190,8 +228,9 @@ class Session:
     # the decoder layers
 
     def _before_layer(self, layer_idx: int) -> Callable[..., Any]:
-        is_pruned = layer_idx >= self._stage_layers[0]
-        names = tuple(inspect.signature(type(self._target.layers[layer_idx]).forward).parameters)[1:]
+        target, is_pruned = self._target, layer_idx >= min([*self._stage_layers, *self._target.shared.values()])
+        names = tuple(inspect.signature(type(target.layers[layer_idx]).forward).parameters)[1:]
+        source, config = target.source(layer_idx), target.text.config
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             prefill = self._calls.prefill()
@@ -199,26 +238,22 @@ class Session:
                 named = dict(zip(names, args, strict=False)) | kwargs  # one form for all: the layer's input, then names
                 hidden, kwargs = prefill.enter(layer_idx, module, named.pop(names[0]), named)
                 return (hidden,), kwargs
-            if not is_pruned:
-                return None
-            layer = layer_of(kwargs.get("past_key_values"), layer_idx)
-            slots = slots_of(layer)
-            if slots is None:
-                return None
-            return args, slots.tell(layer, _hidden(args, kwargs).shape[1], kwargs, self._target.is_flash)
+            return (args, follow(layer_idx, source, _hidden(args, kwargs), kwargs, config)) if is_pruned else None
 
         return hook
 
     def _before_tapped_layer(self, layer_idx: int, tap: Tap) -> Callable[..., None]:
+        source = self._target.source(layer_idx)
+
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prefill, layer = self._calls.prefill(), layer_of(kwargs.get("past_key_values"), layer_idx)
-            hidden = _hidden(args, kwargs)
+            prefill, layer = self._calls.prefill(), layer_of(kwargs.get("past_key_values"), source)
+            n_query = _hidden(args, kwargs).shape[-2]
             if prefill is not None:
-                layout, positions = prefill.layout, prefill.positions(layer)
+                layout, positions = prefill.prompt.layout, prefill.positions(layer_idx)
             else:
                 assert layer is not None, "without a cache, every pass is a prefill"
-                layout, positions = self.trace.layout, decode_positions(layer, hidden)
-            watch(module.self_attn, tapped(tap, layer_idx, layout, positions, hidden.shape[1]))
+                layout, positions = self.trace.layout, decode_positions(layer, n_query, source != layer_idx)
+            watch(module.self_attn, tapped(tap, layer_idx, layout, positions, n_query))
 
         return hook
 
@@ -229,6 +264,23 @@ class Session:
         if isinstance(output, tuple):  # in transformers 5.0
             return prefill.leave(output[0]), *output[1:]
         return prefill.leave(output)
+
+
+class _Hook:
+    """A hook that stays behind where its model is copied or saved: the copy is not attached."""
+
+    def __init__(self, run: Callable[..., Any]):
+        self._run = run
+
+    def __call__(self, *call: Any) -> Any:
+        return self._run(*call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_do_nothing,)
+
+
+def _do_nothing(*call: Any) -> None:
+    """The hook of a copy."""
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

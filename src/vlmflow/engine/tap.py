@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -60,9 +60,9 @@ def tapped(tap: Tap, layer_idx: int, layout: Layout, positions: Int[Tensor, "bat
     return watcher
 
 
-def decode_positions(layer: CacheLayer, hidden: Float[Tensor, "batch query hidden"]) -> Int[Tensor, "batch position"]:
-    """The positions that a layer's keys will stand for once it has read the tokens of ``hidden``."""
-    slots, past, (batch, n_query) = slots_of(layer), physical_length(layer), hidden.shape[:2]
+def decode_positions(layer: CacheLayer, n_query: int, is_written: bool) -> Int[Tensor, "batch position"]:
+    """The positions that a layer's keys will stand for once it has read ``n_query`` tokens, or when it has."""
+    slots, past = slots_of(layer), physical_length(layer) - n_query * is_written
     if slots is not None:
         return slots.followed_by(past - slots.length, n_query)[0]
-    return torch.arange(past + n_query, device=hidden.device).expand(batch, -1)
+    return torch.arange(past + n_query, device=layer.keys.device).expand(layer.keys.shape[0], -1)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmflow.core.families import Family, family_of
+from vlmflow.engine.cache import is_flash
+
+_ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}  # kinds of layers
+_RECURRENT = {"linear_attention", "conv"}
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,32 @@ class Target:
         return layers
 
     def attention(self, layer_idx: int) -> Any:
-        """The attention module of a layer."""
+        """The attention module of a layer that has one."""
         return self.layers[layer_idx].self_attn
+
+    def attends(self, layer_idx: int) -> bool:
+        """Whether a layer is an attention layer; others are recurrent: linear attention or short convolutions."""
+        return hasattr(self.layers[layer_idx], "self_attn")
+
+    def source(self, layer_idx: int) -> int:
+        """The layer whose keys and values a layer reads: its own but where those of an earlier one are shared."""
+        return self.shared.get(layer_idx, layer_idx)
+
+    @cached_property
+    def shared(self) -> dict[int, int]:
+        """Layers that read the keys and values of an earlier one, and that one (Gemma 3n and 4)."""
+        config = self.text.config
+        first = len(self.layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
+        kinds = getattr(config, "layer_types", None) or ()
+        return {
+            layer_idx: max(other for other in range(first) if kinds[other] == kinds[layer_idx])
+            for layer_idx in range(first, len(self.layers))
+        }
 
     @property
     def is_flash(self) -> bool:
         """Whether the text decoder's kernel takes 2-D padding masks."""
-        return "flash" in (self.text.config._attn_implementation or "")
+        return is_flash(self.text.config)
 
     @classmethod
     def find(cls, model: nn.Module) -> Target:
@@ -100,7 +124,7 @@ def _refuse_state(model: nn.Module, core: PreTrainedModel) -> None:
         raise ValueError(
             f"vlmflow: {name} is wrapped in nn.DataParallel; attach to the model inside, one process a GPU"
         )
-    if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
+    if hasattr(model, "_orig_mod") or any(map(_is_compiled, model.modules())):
         raise ValueError(
             f"vlmflow: {name} has been compiled, and compiled code does not see hooks attached later; attach to the "
             "uncompiled model (generate() compiles its own decoding afterwards)"
@@ -112,17 +136,35 @@ def _refuse_state(model: nn.Module, core: PreTrainedModel) -> None:
         )
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 def _refuse_architecture(name: str, text: Any) -> None:
-    if not all(hasattr(layer, "self_attn") for layer in text.layers):
-        raise TypeError(
-            f"vlmflow: {name} is not supported: some of its layers have no self-attention to rank or mask by "
-            "(cross-attention to the image, or linear attention)"
-        )
-    parameters = inspect.signature(type(text.layers[0]).forward).parameters
-    if "per_layer_input" in parameters:
-        raise TypeError(f"vlmflow: {name} is not supported: its layers take a full-length input of their own each")
+    for reason in _strange_to_us(text):
+        raise TypeError(f"vlmflow: {name} is not supported: {reason}")
     if text.config._attn_implementation == "flex_attention":
         raise ValueError(
             f"vlmflow: {name} runs flex_attention, whose block masks cannot be narrowed; load it with "
             'attn_implementation="sdpa"'
         )
+
+
+def _strange_to_us(text: Any) -> Iterator[str]:
+    """What a text decoder has that the engine does not know, in words."""
+    kinds = set(getattr(text.config, "layer_types", None) or ())
+    if unknown := kinds - _ATTENDING - _RECURRENT:
+        yield f"its layers of the kind {', '.join(sorted(unknown))} cannot be told that tokens are missing"
+    if any(hasattr(layer, "cross_attn") for layer in text.layers):
+        yield "its images do not stand in the sequence of tokens: some of its layers attend to them aside"
+    if not any(hasattr(layer, "self_attn") for layer in text.layers):
+        yield "none of its layers has self-attention to rank or mask by"
+    for kind, layer in zip(getattr(text.config, "layer_types", None) or (), text.layers, strict=False):
+        if hasattr(layer, "self_attn") != (kind in _ATTENDING):
+            yield f"its layers of the kind {kind} are built in a way that is not known"
+    for field in ("hc_mult", "hc_count"):
+        if hasattr(text.config, field):
+            yield f"its hidden states are several streams ({field})"
+    parameters = {parameter for layer in text.layers for parameter in inspect.signature(type(layer).forward).parameters}
+    for parameter in sorted(parameters & {"conv_mask", "block_states"}):
+        yield f"its layers count positions in what they are given ({parameter}), and would count wrongly"

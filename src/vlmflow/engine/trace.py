@@ -1,8 +1,7 @@
-"""What happened to the image tokens of the latest prefill."""
+"""What happened to the image tokens of the newest prompt."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -20,7 +19,7 @@ from vlmflow.pruners import Pruner
 
 
 class Trace:
-    """The record of the latest prefill: of the reading thread's own, or of any if that thread has run none.
+    """The record of the newest prompt with an image, whichever thread read it; before there is one, of the newest text.
 
     Layers are 0-based, and a layer's entry is what it saw: the tokens that entered it.
 
@@ -32,12 +31,22 @@ class Trace:
         self.pruner = pruner
         self.n_layers = n_layers
         self._config = config
-        self._own = threading.local()
         self._latest: Record | None = None
 
     def take(self, record: Record) -> None:
         """Remember a prefill that has ended."""
-        self._own.record = self._latest = record
+        if self._latest is None or any(record.selections[0].image_tokens) or not self.has_image:
+            self._latest = record
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the prompt has image tokens."""
+        return any(self._record.selections[0].image_tokens)
+
+    @property
+    def input_ids(self) -> Int[Tensor, "batch length"] | None:
+        """The token ids of the prompt, by which to tell it; None where the model was given embeddings."""
+        return self._record.ids
 
     @property
     def layout(self) -> Layout:
@@ -61,7 +70,10 @@ class Trace:
 
     @property
     def kv_lengths(self) -> tuple[int, ...]:
-        """Slots that each layer's KV cache held after the prefill, padding of ragged batches included."""
+        """Slots that each layer's KV cache held after the prefill, padding of ragged batches included.
+
+        None in layers that are recurrent, or that read the keys and values of an earlier layer.
+        """
         return self._record.kv_lengths
 
     def cost(self) -> Cost:
@@ -84,16 +96,15 @@ class Trace:
         if self._record.past:
             raise ValueError("Trace.cost: only a prompt read into an empty cache can be priced, this one had a past")
         geometry = Geometry.from_config(self._config)
-        prompt = self._record.prompt
-        samples = zip(prompt.tokens, prompt.image_tokens, prompt.question_tokens, strict=True)
+        whole = self._record.selections[0]
+        samples = zip(whole.tokens, whole.image_tokens, whole.question_tokens, strict=True)
         return [self.pruner.cost(geometry, image, tokens - image, question) for tokens, image, question in samples]
 
     @property
     def _record(self) -> Record:
-        record = vars(self._own).get("record", self._latest)
-        if record is None:
+        if self._latest is None:
             raise RuntimeError("Trace: no prompt has been read yet; run the model inside the session first")
-        return record
+        return self._latest
 
 
 @dataclass(frozen=True, eq=False)
