@@ -130,7 +130,7 @@ class Prompt:
 
 def _embedded_images(target: Target, embeds: Tensor, embedded: Tensor | None) -> Bool[Tensor, "batch length"]:
     """Images that were embedded: as the ids that were embedded last say, if it was them, or by their placeholders."""
-    table = target.text.embed_tokens
+    table = target.embedding
     if embedded is not None and embedded.shape[1] == embeds.shape[1] and not embeds.shape[0] % embedded.shape[0]:
         ids = embedded.repeat_interleave(embeds.shape[0] // embedded.shape[0], 0)  # for beams and further answers
         image = Layout.read(ids, target.image_token_ids).image

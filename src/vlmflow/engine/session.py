@@ -129,7 +129,7 @@ class Session:
         for model in target.outer:
             keep(model.register_forward_pre_hook(_Hook(self._enter_model), with_kwargs=True))
             keep(model.register_forward_hook(_Hook(self._leave_model), always_call=True))
-        keep(target.text.embed_tokens.register_forward_pre_hook(_Hook(self._note_embedded)))
+        keep(target.embedding.register_forward_pre_hook(_Hook(self._note_embedded)))
         keep(target.text.register_forward_pre_hook(_Hook(self._enter_text), with_kwargs=True))
         keep(target.text.register_forward_hook(_Hook(self._leave_text), always_call=True))
         shared = target.shared.values() if self._stage_layers else ()

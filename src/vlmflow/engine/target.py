@@ -35,6 +35,13 @@ class Target:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    @property
+    def embedding(self) -> nn.Module:
+        """The table that makes states of token ids."""
+        table = self.text.embed_tokens
+        assert isinstance(table, nn.Module)
+        return table
+
     def attention(self, layer_idx: int) -> Any:
         """The attention module of a layer that has one."""
         return self.layers[layer_idx].self_attn
