@@ -90,11 +90,17 @@ def test_received_sums_rows_in_pieces(heads, monkeypatch):
     torch.testing.assert_close(seen.received(), expected)
 
 
-def test_a_row_that_sees_nothing_gives_nothing(heads):
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16])
+def test_a_row_that_sees_nothing_is_an_error_unless_it_only_fills_up(heads, dtype):
     query, key = heads
-    mask = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
-    seen = QueryRows.take(query, key, mask, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool))
-    assert (seen.received() == 0).all()
+    mask = causal_mask(7, torch.ones(2, 9, dtype=torch.bool)).clone()
+    mask[1, :, 4] = False
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    rows, valid = torch.tensor([[3, 4], [3, 4]]), torch.tensor([[True, True], [True, False]])
+    assert (QueryRows.take(query, key, mask, rows, valid).weights()[1, :, 1] == 0).all()
+    with pytest.raises(RuntimeError, match="sees no token"):
+        QueryRows.take(query, key, mask, rows, torch.ones_like(valid)).received()
 
 
 def test_take_sequence_with_leading_axes():

@@ -119,6 +119,10 @@ class QueryRows:
         """Attention weights of rows ``first`` to ``last``, in float32 from the products on.
 
         Half precision would not hold the products: those of float16 overflow where keys have large biases.
+
+        Raises:
+            RuntimeError: a valid row that sees no key, or that of a query or key that is no number; on an accelerator
+                when it gets there, so that nothing waits for it.
         """
         query, mask, row_valid = (
             self.query[:, :, first:last].float(),
@@ -134,20 +138,25 @@ class QueryRows:
             logits = torch.tanh(logits / self.scoring.softcap) * self.scoring.softcap
         if self.scoring.bias is not None:
             logits = logits + self.scoring.bias[:, :, first:last].float()
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        else:
+            logits = logits + mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
         if self.scoring.sinks is not None:
             sinks = self.scoring.sinks.float().view(1, heads, 1, 1).expand(batch, heads, n_row, 1)
             logits = torch.cat([logits, sinks], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., :n_key]
-        return weights.nan_to_num(0.0) * row_valid[:, None, :, None]
+        weights = weights.masked_fill(~row_valid[:, None, :, None], 0.0)
+        torch._assert_async((weights[..., 0] >= 0).all(), "vlmflow: a token whose attention ranks sees no token at all")
+        return weights
 
     def received(self) -> Float[Tensor, "batch key"]:
         """Attention that each key receives: mean over heads, sum over the rows (Eq. 8 and 9)."""
         batch, heads, n_row, _ = self.query.shape
         n_key = self.key.shape[2]
         step = max(1, _row_budget(self.query.device) // max(1, batch * heads * n_key))
-        total = torch.zeros(batch, n_key, dtype=torch.float32, device=self.query.device)
-        for first in range(0, n_row, step):
+        total = self.weights(0, step).mean(1).sum(1)
+        for first in range(step, n_row, step):
             total += self.weights(first, first + step).mean(1).sum(1)
         return total
 

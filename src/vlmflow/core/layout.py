@@ -45,8 +45,9 @@ class Layout:
         image = torch.zeros_like(input_ids, dtype=torch.bool)
         for token_id in image_token_ids:  # by plain numbers: a list of them would be copied to the device
             image |= input_ids == token_id
-        padding = torch.zeros_like(image) if attention_mask is None else ~attention_mask.bool()
-        return cls(image & ~padding, padding)
+        if attention_mask is None:
+            return cls(image, torch.zeros_like(image))
+        return cls(image & attention_mask.bool(), ~attention_mask.bool())
 
     @cached_property
     def system(self) -> Bool[Tensor, "batch length"]:

@@ -158,8 +158,13 @@ class Narrowing:
 
     def _take(self, value: Tensor, axis: int) -> Tensor:
         """The positions that are left, of a tensor whose ``axis`` is the prompt and the one before it the batch."""
-        flat = value.flatten(axis + 1) if value.dim() > axis + 1 else value[..., None]
-        taken = take_sequence(flat, self.selection.index)
+        index = self.selection.index.to(value.device)
+        if value.dim() == 2:
+            return torch.gather(value.expand(index.shape[0], -1), 1, index)
+        if value.dim() == axis + 2:
+            return take_sequence(value, index)
+        flat = value.flatten(axis + 1) if value.dim() > axis + 2 else value[..., None]
+        taken = take_sequence(flat, index)
         return taken.reshape(*taken.shape[: axis + 1], *value.shape[axis + 1 :])
 
     def _rows(self, mask: Tensor | None) -> Tensor | None:

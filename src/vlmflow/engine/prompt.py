@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmflow.core.layout import Layout
 from vlmflow.engine.calls import Generation
@@ -76,8 +77,8 @@ class Inputs:
         if place is not None and place.dim() == 3 and place.shape[0] == 4:  # of Qwen: the text's, then the image's
             place = place[0]
         if place is not None and place.dim() == 2 and place.shape[1] == length:
-            restarts = torch.nn.functional.pad(place[:, 1:] < place[:, :-1], (1, 0)).to(padding.device)
-            packed = packed | restarts & ~padding & ~padding.roll(1, 1)
+            restarts = pad(place[:, 1:] < place[:, :-1], (1, 0)).to(padding.device)
+            packed = restarts & ~padding & ~padding.roll(1, 1)
         return Prompt(layout, packed, _after_prompt(layout, self.kwargs), self.ids, past, self.generation)
 
 
@@ -86,8 +87,8 @@ class Prompt:
     """What the text decoder reads."""
 
     layout: Layout
-    packed: Bool[Tensor, "batch length"]  # where another text begins in the same row
-    answer: Bool[Tensor, "batch length"]  # tokens that follow the prompt proper: a taught answer, drafts to be verified
+    packed: Bool[Tensor, "batch length"] | None  # signs that a row holds several texts, where there may be some
+    answer: Bool[Tensor, "batch length"] | None  # tokens that follow the prompt proper: a taught answer, drafts
     ids: Int[Tensor, "batch length"] | None
     past: int  # logical positions in the cache before
     generation: Generation | None
@@ -98,16 +99,18 @@ class Prompt:
         Raises:
             ValueError: a form of prompt of which image tokens would be dropped wrongly, where some will be.
         """
-        layout = self.layout
-        image, question, valid = layout.image, layout.question & ~self.answer, ~layout.padding
-        ends_padded = torch.zeros_like(valid)
-        ends_padded[:, -1] = layout.padding[:, -1]
-        counts = torch.stack([valid, image, question, self.packed, ends_padded]).sum(2).tolist()
-        tokens, image_tokens, question_tokens, packed, right_padded = map(tuple, counts)
+        layout, place = self.layout, torch.arange(self.layout.image.shape[1], device=self.layout.image.device)
+        image, valid = layout.image, ~layout.padding
+        question = layout.question if self.answer is None else layout.question & ~self.answer
+        flags = [valid, image, question]
+        if self.packed is not None:
+            flags.append(self.packed)
+        if self.generation is not None:
+            flags.append(layout.padding & (place == len(place) - 1))
+        tokens, image_tokens, question_tokens, *odd = map(tuple, torch.stack(flags).sum(2).tolist())
         if will_drop and any(image_tokens):
-            self._refuse(any(packed), any(right_padded))
-        index = torch.arange(image.shape[1], device=image.device).expand_as(image)
-        return Selection(index, valid, image, question, tokens, image_tokens, question_tokens)
+            self._refuse(self.packed is not None and any(odd[0]), self.generation is not None and any(odd[-1]))
+        return Selection(place.expand_as(image), valid, image, question, tokens, image_tokens, question_tokens)
 
     def _refuse(self, is_packed: bool, is_right_padded: bool) -> None:
         if is_packed:
@@ -116,7 +119,7 @@ class Prompt:
                 "row (in TRL: packing=False, padding_free=False)"
             )
         generation, end = self.generation, self.past + self.layout.image.shape[1]
-        if generation is not None and is_right_padded:
+        if is_right_padded:
             raise ValueError(
                 "vlmflow: generate() was given a batch padded on the right, from which a model goes on behind padding; "
                 'set processor.tokenizer.padding_side = "left"'
@@ -142,40 +145,39 @@ def _embedded_images(target: Target, embeds: Tensor, embedded: Tensor | None) ->
     return image
 
 
-def _after_prompt(layout: Layout, kwargs: Mapping[str, Any]) -> Bool[Tensor, "batch length"]:
+def _after_prompt(layout: Layout, kwargs: Mapping[str, Any]) -> Bool[Tensor, "batch length"] | None:
     """Which tokens follow the prompt proper; see ``answer_starts`` for how that is known or guessed."""
+    labels, kept, start = kwargs.get("labels"), kwargs.get("logits_to_keep", 0), _answer_start.get()
+    if start is None and labels is None and isinstance(kept, int) and kept <= 1:
+        return None
     question, (batch, length) = layout.question, layout.image.shape
-    place, start = torch.arange(length, device=question.device), _answer_start.get()
+    place = torch.arange(length, device=question.device)
     if start is not None:
         start = torch.as_tensor(start, device=question.device).reshape(-1, 1)
         if start.shape[0] not in (1, batch):
             raise ValueError(f"answer_starts: wanted one position, or {batch}, one a row; got {start.shape[0]}")
         return (place >= start).expand(batch, -1)
-    labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
-    follows = torch.zeros_like(question)
     if labels is not None:
         taught = question & (labels.to(question.device) != -100)
         follows = taught.cumsum(1) > 0
-    elif isinstance(kept, Tensor):
-        follows = (place > kept.min().to(place.device)).expand(batch, -1)
-    elif kept > 1:
-        follows = (place > length - kept).expand(batch, -1)
+    else:
+        first = kept.min().to(place.device) if isinstance(kept, Tensor) else length - kept
+        follows = (place > first).expand(batch, -1)
     return follows & question & (question & ~follows).any(1, keepdim=True)
 
 
 def _padding(
     mask: Any, batch: int, length: int, past: int, device: torch.device
-) -> tuple[Bool[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """Which of the new positions are padding, and which are real but unseen by the last, from a model's mask."""
+) -> tuple[Bool[Tensor, "batch length"], Bool[Tensor, "batch length"] | None]:
+    """Which of the new positions are padding, by a model's mask, and which are real but unseen by the last of them."""
     if isinstance(mask, dict):  # by layer type
         mask = mask.get("full_attention", next(iter(mask.values())))
-    nothing = torch.zeros(batch, length, dtype=torch.bool, device=device)
     if mask is None:
-        return nothing, nothing
+        return torch.zeros(batch, length, dtype=torch.bool, device=device), None
     if not isinstance(mask, Tensor):
         raise ValueError(f"vlmflow: cannot read an attention mask of type {type(mask).__name__}")
     if mask.dim() == 2:
-        return ~mask[:, -length:].to(device).bool().expand(batch, length), nothing
+        return ~mask[:, -length:].to(device).bool().expand(batch, length), None
     seen = mask[:, 0, -length:, past : past + length].to(device)
     seen = seen if seen.dtype == torch.bool else seen == 0
     padding = ~seen[:, -1].expand(batch, length)

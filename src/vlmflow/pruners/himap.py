@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vlmflow.pruners.method import Pruner, Stage, Task, check_layer, check_order, check_share, kept_after
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
 
@@ -79,6 +80,11 @@ class HiMAP(Pruner):
     def for_task(cls, task: Task, n_layers: int) -> tuple[Self, str]:
         """``preset(task, n_layers)``."""
         return cls.preset(task, n_layers), f"Table 3's {task} preset"
+
+    def before(self, layers: Sequence[int]) -> Self:
+        """Other ``k1`` and ``k2``."""
+        k1, k2 = layers
+        return replace(self, k1=k1, k2=k2)
 
     def dropping(self, share: float) -> Self:
         """Both shares moved: where x stays after the first drop, x³ stays after the second (a half, an eighth)."""

@@ -86,6 +86,35 @@ class Pruner:
         """The method as its source sets it for a kind of task, and where from, for records; by default ``scaled``."""
         return cls.scaled(n_layers), f"published defaults, scaled to {n_layers} layers"
 
+    def fitted(self, attends: Sequence[bool]) -> Self:
+        """The method for a decoder of which only some layers attend, such as Qwen3.5's.
+
+        The nearest attention layer before a drop ranks for it. A stage that has none between the stage before and
+        itself is moved to the first layer where it has.
+
+        >>> from vlmflow import HiMAP
+        >>> HiMAP().fitted([False, False, False, True] * 8)
+        HiMAP(k1=4, r1=0.5, k2=8, r2=0.75)
+
+        Raises:
+            ValueError: no layer is left for a stage.
+        """
+        stages, layers = self.checked_stages(len(attends), 0), [0]
+        for stage in stages:
+            layer = max(stage.layer, layers[-1] + 1)
+            while stage.queries is not None and not any(attends[layers[-1] : layer + stage.peek]):
+                layer += 1
+                if layer == len(attends):
+                    raise ValueError(f"{self}: too few of {len(attends)} layers attend to rank for each of its stages")
+            layers.append(layer)
+        moved = layers[1:]
+        return self if moved == [stage.layer for stage in stages] else self.before(moved)
+
+    def before(self, layers: Sequence[int]) -> Self:
+        """The same stages before other layers, one each: by default its field ``k``."""
+        (k,) = layers
+        return replace(self, k=k)
+
     def dropping(self, share: float) -> Self:
         """The same method with another share dropped: by default its field ``ratio``.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vlmflow.pruners.method import Pruner, Stage, check_layer, check_order, check_share
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
 
@@ -44,6 +45,10 @@ class PyramidDrop(Pruner):
         """A quarter, a half and three quarters of the depth, as 8, 16 and 24 of 32."""
         quarters = [n_layers * quarter // 4 for quarter in (1, 2, 3)]
         return cls(layers=tuple(sorted({max(1, layer) for layer in quarters})))
+
+    def before(self, layers: Sequence[int]) -> Self:
+        """Other ``layers``."""
+        return replace(self, layers=tuple(layers))
 
     def earlier(self) -> Self | None:
         """All layers one up."""

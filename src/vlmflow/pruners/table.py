@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
@@ -53,8 +53,12 @@ def find_pruners(methods: Iterable[str | type[Pruner]]) -> list[type[Pruner]]:
     return list(found.values())
 
 
-def make_pruner(method: str | type[Pruner], settings: Mapping[str, str], n_layers: int) -> Pruner:
+def make_pruner(
+    method: str | type[Pruner], settings: Mapping[str, str], n_layers: int, attends: Sequence[bool] = ()
+) -> Pruner:
     """A method's published defaults scaled to the depth, with fields set from text (``0.5``, ``2,4``).
+
+    ``attends`` says which layers do, where some are recurrent.
 
     >>> make_pruner("fastv", {"ratio": "0.75"}, n_layers=32)
     FastV(k=2, ratio=0.75)
@@ -63,7 +67,8 @@ def make_pruner(method: str | type[Pruner], settings: Mapping[str, str], n_layer
         ValueError: unknown method or field, or a value that the field does not take.
     """
     values = parse_fields(method, settings)
-    return replace(find_pruner(method).scaled(n_layers), **values)
+    scaled = find_pruner(method).scaled(n_layers)
+    return replace(scaled.fitted(attends) if attends else scaled, **values)
 
 
 def parse_fields(method: str | type[Pruner], settings: Mapping[str, str]) -> dict[str, Any]:
