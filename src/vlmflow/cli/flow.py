@@ -29,7 +29,7 @@ from vlmflow.cli.progress import bars, show, stoppable
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
-from vlmflow.records.schema import FlowRecord, to_json
+from vlmflow.records.schema import FlowRecord, SeenImages, from_json, to_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             )
         if summary is None:
             return  # torchrun's first process has it
-        figures = chosen.figures(summary, out_dir)
+        figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
         typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
@@ -156,30 +156,28 @@ def show_(
         check_folder("--out", out_dir)
         named = _layers(layers)
         from vlmflow.core.images import open_image
-        from vlmflow.models import Question, seen_images
+        from vlmflow.models import Question
 
         question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
         vlm = loading.load(model)
         from vlmflow.figures.maps import flow_maps
         from vlmflow.flow.picture import patches
 
-        found = patches(vlm, question, named)
-        flows = {"into the instruction": found.into_instruction, "into each other": found.into_image}
+        drawn = patches(vlm, question, named)
         record = FlowRecord(
             model=model,
             prompt=prompt,
             images=[str(path) for path in image],
-            token=found.token,
-            layers=list(found.layers),
-            importance={label: importance.double().sum(1).tolist() for label, importance in flows.items()},
+            token=drawn.token,
+            layers=list(drawn.layers),
+            importance={label: importance.double().sum(1).tolist() for label, importance in drawn.flows.items()},
             versions=versions(),
-            seen=found.seen,
-            maps={label: importance.tolist() for label, importance in flows.items()},
+            seen=SeenImages([picture.size for picture in question.images], drawn.positions, drawn.grids),
+            maps={label: importance.tolist() for label, importance in drawn.flows.items()},
         )
-        pictures = seen_images(dict(found.inputs), question.images)
-        title = f"{prompt} → {found.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
-        arrays = {label: importance.cpu().numpy() for label, importance in flows.items()}
-        flow_maps(out_dir / "flow", pictures, found.grids, found.layers, arrays, title)
+        title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
+        arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
+        flow_maps(out_dir / "flow", drawn.images, drawn.grids, drawn.layers, arrays, title)
         write_json(out_dir / "flow.json", to_json(record))
     typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
     if json_:

@@ -1,62 +1,16 @@
-"""Answers as token ids: checked, appended to prompts for teacher forcing, and spelled as a model would write them."""
+"""Answers as token ids: checked, and appended to prompts for teacher forcing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 Answer = int | Sequence[int | Sequence[int]] | Int[Tensor, " batch"]
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The token ids of a text."""
-        ...
-
-
-def spellings(tokenizer: Tokenizer, prompt: str, answer: str) -> list[tuple[int, ...]]:
-    """The token ids that may spell an answer behind a prompt: with a space before it, and without.
-
-    Which of the two a model writes depends on how its prompts were joined with answers in training, so ask the model:
-    ``likeliest(spellings(...), logits)``. Spellings that would change the prompt's own tokens are left out.
-
-    Departs: the released script takes the id of the bare letter, "A", where LLaVA writes " A", which is another one.
-
-    Raises:
-        ValueError: an answer without a token.
-    """
-    head, word = tokenizer.encode(prompt, add_special_tokens=False), answer.strip()
-    found = []
-    for text in (" " + word, word) if word else ():
-        whole = tokenizer.encode(prompt + text, add_special_tokens=False)
-        ids = tuple(whole[len(head) :])
-        if whole[: len(head)] == head and ids and ids not in found:
-            found.append(ids)
-    if not found:
-        raise ValueError(f"spellings: no token spells {answer!r} behind the prompt; give its token ids")
-    return found
-
-
-def likeliest(spellings: Sequence[Sequence[int]], logits: Float[Tensor, " vocab"]) -> tuple[int, ...]:
-    """The spelling whose first token the model likes best, by its logits behind the prompt; of equals the first.
-
-    Raises:
-        ValueError: a spelling begins with a token outside the vocabulary.
-    """
-    for ids in spellings:
-        if not 0 <= ids[0] < len(logits):
-            raise ValueError(
-                f"likeliest: token {ids[0]} is outside the vocabulary of {len(logits)}; use the model's own tokenizer"
-            )
-    return tuple(max(spellings, key=lambda ids: float(logits[ids[0]])))
 
 
 def answers_of(

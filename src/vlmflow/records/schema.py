@@ -6,12 +6,13 @@ as the first. The JSON Schema of all records stands in ``docs/schema.json`` (``p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError, WithJsonSchema
 
 from vlmflow.core.cost import Cost, Figures
 from vlmflow.core.statistics import Interval
@@ -24,6 +25,14 @@ Versions = dict[str, str]
 PrunerFields = dict[str, Any]  # the method's name and its fields
 Grid = tuple[int, int]  # rows and columns of image tokens
 Size = tuple[int, int]  # width and height in pixels
+Judgement = Literal["holds", "does not hold", "undecided"]
+Number = float | str | None  # null for nan, a text for an infinity: as Interval.to_dict writes them
+Estimate = Annotated[
+    Interval,
+    BeforeValidator(lambda v: {k: math.nan if n is None else n for k, n in v.items()} if isinstance(v, Mapping) else v),
+    PlainSerializer(Interval.to_dict),
+    WithJsonSchema(TypeAdapter(dict[str, Number]).json_schema()),
+]
 
 
 @dataclass(frozen=True)
@@ -260,6 +269,89 @@ class EvaluationSummary:
     tokens: float | None
     image_tokens: list[float]
     cost: dict[str, Any] | None
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One sample's line in the ``rows.jsonl`` of a study of the flow.
+
+    ``blank_answer`` is what the model said to a blank picture; where that was right, the sample is ``dropped`` and
+    nothing else is known of it. ``target`` is the answer's first token, ``right`` whether it was the likeliest one
+    with the image, ``lengths`` the tokens of each segment, ``found`` the experiment's own numbers. ``failure`` says
+    why there is nothing.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    blank_answer: str = ""
+    dropped: bool = False
+    target: int = -1
+    right: bool = False
+    lengths: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it counts."""
+        return not self.dropped and self.failure is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in JSON's own types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> StudyRow:
+        """The row that ``to_dict`` wrote."""
+        return cls(**{**record, "images": tuple(record["images"])})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a number is above 0, the number with its interval, and whether that says so."""
+
+    claim: str
+    judgement: Judgement
+    value: Number
+    low: Number
+    high: Number
+    undefined: float
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One of the paper's hypotheses, judged by its claims."""
+
+    judgement: Judgement
+    claims: list[Claim]
+
+
+@dataclass(frozen=True)
+class StudyCounts:
+    """Samples of a study, and the different images of those that were kept."""
+
+    asked: int
+    dropped: int
+    failed: int
+    kept: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """What all studies of the flow sum up alike; each adds fields of its own.
+
+    ``right`` is the share of kept samples whose answer's first token was the likeliest one, ``lengths`` has the tokens
+    of each segment, sample by sample.
+    """
+
+    settings: dict[str, Any]
+    samples: StudyCounts
+    failed: dict[str, str]
+    right: Estimate
+    lengths: dict[str, list[int]]
+    hypotheses: dict[str, Hypothesis]
     format: int = FORMAT
 
 
