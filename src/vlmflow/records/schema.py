@@ -7,7 +7,7 @@ as the first. The JSON Schema of all records stands in ``docs/schema.json`` (``p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -152,7 +152,12 @@ class PriceRecord:
 
 @dataclass(frozen=True)
 class LatencyRecord:
-    """One method on one request: median seconds by part of a run, and how many times as fast as unpruned."""
+    """One method on one request, by part of a run: median seconds, and how many times as fast as unpruned.
+
+    ``promised`` is the prefill's speed-up if time were exact FLOPs, None for a model whose widths are not known.
+    ``peak_bytes`` is the most memory held above what was held before, None where the platform does not tell,
+    ``kv_bytes`` what the KV cache holds at the end.
+    """
 
     pruner: PrunerFields
     seconds: dict[str, float]
@@ -164,13 +169,19 @@ class LatencyRecord:
 
 @dataclass(frozen=True)
 class BenchPoint:
-    """Methods on one request: a batch of prompts with each one's image and text tokens, and the tokens to answer."""
+    """Methods on one request, the unpruned run first: a batch of prompts with each one's image and text tokens."""
 
     batch: int
     new_tokens: int
     image_tokens: list[int]
     text_tokens: list[int]
     methods: dict[str, LatencyRecord]
+
+    @property
+    def not_paying(self) -> dict[str, Interval]:
+        """The methods that no run shows to be faster end to end, with the speed-up that was seen."""
+        totals = {name: latency.speedup["total"] for name, latency in self.methods.items() if name != "none"}
+        return {name: ratio for name, ratio in totals.items() if ratio.low <= 1}
 
 
 @dataclass(frozen=True)
@@ -355,7 +366,10 @@ class StudySummary:
     format: int = FORMAT
 
 
-RECORDS = (RunRecord, DemoRecord, FlowRecord, PriceRecord, BenchRecord, SweepRecord, ReportRecord, EvaluationSummary)
+RECORDS = (
+    *(RunRecord, DemoRecord, FlowRecord, PriceRecord, BenchRecord, SweepRecord, ReportRecord),
+    *(EvaluationSummary, StudyRow),
+)
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -388,6 +402,6 @@ def read_record(kind: type[T], path: Path) -> T:
     return from_json(kind, read_json(path), path)
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of all records, by name."""
-    return {kind.__name__: TypeAdapter(kind).json_schema() for kind in RECORDS}
+def json_schema(kinds: Iterable[type[Any]] = RECORDS) -> dict[str, Any]:
+    """The JSON Schema of records, by name."""
+    return {kind.__name__: TypeAdapter(kind).json_schema() for kind in kinds}
