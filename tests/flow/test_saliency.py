@@ -15,8 +15,7 @@ import oracles
 import tiny
 from vlmflow import HiMAP, attach, prune
 from vlmflow.flow.prediction import likeliest, spellings
-from vlmflow.flow.saliency import saliency
-from vlmflow.flow.target_tokens import extend
+from vlmflow.flow.saliency import extend, saliency
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 forms = pytest.mark.parametrize("form", ["paper", "released"])

@@ -54,8 +54,8 @@ def judgements(summary: StudySummary) -> list[str]:
     for name, hypothesis in summary.hypotheses.items():
         verb = "is undecided" if hypothesis.judgement == "undecided" else hypothesis.judgement
         claims = [
-            f"- {claim.claim}: {Interval.from_dict(vars(claim)).text()}, {claim.judgement}"
-            + (f" (not defined in {claim.undefined:.0%} of resamples)" if claim.undefined else "")
+            f"- {claim.claim}: {claim.number.text()}, {claim.judgement}"
+            + (f" (not defined in {claim.number.undefined:.0%} of resamples)" if claim.number.undefined else "")
             for claim in hypothesis.claims
         ] or ["- not judged: with so few layers there is no shallow and no deep part"]
         sections.append("\n".join([f"## {name} {verb}", "", f"That {HYPOTHESES[name]}.", "", *claims]))

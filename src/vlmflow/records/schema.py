@@ -327,7 +327,12 @@ class Claim:
     value: Number
     low: Number
     high: Number
-    undefined: float
+    undefined: Number
+
+    @property
+    def number(self) -> Interval:
+        """The number with its interval."""
+        return Interval.from_dict(vars(self))
 
 
 @dataclass(frozen=True)
