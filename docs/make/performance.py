@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from docs.make.page import ROOT, put, table
+from vlmflow.core.statistics import Interval
 from vlmflow.figures.comparison import Promise, promises
 from vlmflow.records.files import write_text
 
@@ -314,20 +315,20 @@ def picture(folder: Path, path: Path) -> None:
     decodes: list[Promise] = []
     caches: list[Promise] = []
     for name in CPU:
-        record = load(folder, name)
-        for point in record.get("points", ()) if record else ():
+        record = load(folder, name) or {}
+        for point in record.get("points", ()):
             none = point["methods"]["none"]
             for method, one in point["methods"].items():
                 if point["protocol"] != "deployed" or method == "none":
                     continue
-                prefills.append(_promise(method, one["promised"], one["speedup"]["decoder"]))
+                prefills.append(Promise(method, one["promised"], Interval(**one["speedup"]["decoder"])))
                 if "tpot" in one["speedup"]:
                     weights = record["weight_bytes"]
                     promised = (weights + none["kv_bytes"]) / (weights + one["kv_bytes"])
-                    decodes.append(_promise(method, promised, one["speedup"]["tpot"]))
+                    decodes.append(Promise(method, promised, Interval(**one["speedup"]["tpot"])))
                 measured = none["kv_bytes"] / one["kv_bytes"]
                 promised = point["kv_promised"]["none"] / point["kv_promised"][method]
-                caches.append(Promise(method, promised, measured, measured, measured))
+                caches.append(Promise(method, promised, Interval(measured, measured, measured)))
     panels = {
         "decoder's prefill, times as fast": prefills,
         "a token, times as fast": decodes,
@@ -335,10 +336,6 @@ def picture(folder: Path, path: Path) -> None:
     }
     if panels := {label: panel for label, panel in panels.items() if panel}:
         promises(path, panels, "What theory promises, and what was measured")
-
-
-def _promise(method: str, promised: float, speedup: Mapping[str, float]) -> Promise:
-    return Promise(method, promised, speedup["value"], speedup["low"], speedup["high"])
 
 
 def filled(page: str, folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -69,6 +69,7 @@ class StudyOptions:
 
 def study_command(experiment: type[Experiment]) -> Callable[..., None]:
     """The command that runs an experiment on a task's samples; the experiment's fields are options of it."""
+    kinds = get_type_hints(experiment)
 
     def command(
         *,
@@ -83,7 +84,9 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
     ) -> None:
         with refusals():
             task, where = study.subject(source)
-            chosen = _experiment_of(experiment, settings)
+            chosen = experiment(
+                **{name: _layers(value) if kinds[name] == Layers else value for name, value in vars(settings).items()}
+            )
             on_ray = launcher.ray_workers()
             check_folder("--out", out_dir)
             from vlmflow.evaluate.launch import launch
@@ -112,27 +115,20 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
         if json_:
             typer.echo(json.dumps(summary))
 
-    command.__annotations__["settings"] = _options_of(experiment)
+    command.__annotations__["settings"] = _options_of(experiment, kinds)
     command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
     return with_groups(command)
 
 
-def _options_of(experiment: type[Experiment]) -> type[Any]:
+def _options_of(experiment: type[Experiment], kinds: Mapping[str, Any]) -> type[Any]:
     """A group of options with an experiment's fields; layers are written as text."""
-    kinds, options = get_type_hints(experiment), []
+    options = []
     for entry in fields(experiment):
         name = entry.metadata.get("option", f"--{entry.name.replace('_', '-')}")
         kind, default = (str, "") if kinds[entry.name] == Layers else (kinds[entry.name], entry.default)
         option = Annotated[kind, typer.Option(name, help=entry.metadata["help"])]
         options.append((entry.name, option, field(default=default)))
     return make_dataclass(f"{experiment.__name__}Options", options, frozen=True)
-
-
-def _experiment_of(experiment: type[Experiment], options: Any) -> Experiment:
-    kinds = get_type_hints(experiment)
-    return experiment(
-        **{name: _layers(value) if kinds[name] == Layers else value for name, value in vars(options).items()}
-    )
 
 
 for _experiment in EXPERIMENTS.values():

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlmflow.core.statistics import Interval
-from vlmflow.figures.style import COLOURS, MARKERS, look, save_both
+from vlmflow.figures.style import COLOURS, MARKERS, save_both
 
 Curve = Sequence[Interval]  # a value with its interval at each place; nan where there is none
 
@@ -23,7 +23,8 @@ def by_layer(stem: Path, layers: Sequence[int], curves: Mapping[str, Curve], yla
         numbers = _numbers(curve)
         value, low, high = np.where(numbers > 0, numbers, np.nan)
         axis.fill_between(layers, low, high, color=COLOURS[number], alpha=0.2, linewidth=0)
-        axis.plot(layers, value, label=name, gid=name, **look(number))
+        look = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": ("-", "--", ":")[number]}
+        axis.plot(layers, value, label=name, gid=name, markersize=5, linewidth=1.4, **look)
     axis.set_yscale("log")
     _by_number(axis, layers)
     axis.set(xlabel="layer", ylabel=ylabel)

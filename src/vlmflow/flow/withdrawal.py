@@ -70,20 +70,19 @@ def withdrawal(
     divergence: dict[int, float] = {}
     exact: set[int] = set()
     for layer in candidates:
-        total, is_whole = 0.0, True
+        total = 0.0
         with prune(model, VTW(layer)):
             for sample, before in zip(samples, whole, strict=True):
                 total += float(kl_divergence(next_token(model, sample), before).sum())
                 if total > eta * count and not exhaustive:
-                    is_whole = False
                     break
+            else:
+                exact.add(layer)
         divergence[layer] = total / count
-        if is_whole:
-            exact.add(layer)
-            if total <= eta * count and chosen is None:
-                chosen = layer
-                if not exhaustive:
-                    break
+        if total <= eta * count and chosen is None:
+            chosen = layer
+            if not exhaustive:
+                break
     return Withdrawal(chosen, eta, divergence, frozenset(exact))
 
 
