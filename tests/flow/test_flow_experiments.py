@@ -34,7 +34,7 @@ from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import RowFile
-from vlmflow.records.schema import StudyRow
+from vlmflow.records.schema import FORMAT, StudyRow, from_json, read_record, to_json
 from vlmflow.tasks import TASKS, Source
 
 SCENES = pico_samples()
@@ -131,6 +131,22 @@ def test_knockout_rows_are_what_knockouts_leave(vlm, questions, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     left = [one["found"]["blocked"]["visual-textual 4,7"]["score"] for one in rows if not one["dropped"]]
     assert lost == pytest.approx(1 - np.mean(left))
+
+
+@pytest.mark.parametrize("experiment", [ByLayer(layers=(2, 9)), ByWindow(layers=(2, 9), width=1)], ids=lambda e: e.name)
+def test_a_summary_is_read_back_as_it_was_written(vlm, questions, tmp_path, experiment):
+    """By the type that wrote it, with what is not defined; so are those from before it had a format."""
+    written = run(vlm, study(questions, experiment), tmp_path / "out")
+    summary = read_record(experiment.summary_type, tmp_path / "out/summary.json")
+    assert to_json(summary) == written
+    assert written["format"] == FORMAT
+    assert summary.samples.kept == 3
+    wild = summary.log_vt_vv[1] if experiment.name == "saliency" else summary.log_vv_vt["score"][1]
+    assert not math.isfinite(wild.value)  # of the last layer, whose image tokens nothing reads
+    old = {name: value for name, value in written.items() if name != "format"}
+    assert to_json(from_json(experiment.summary_type, old, "old")) == written
+    with pytest.raises(RecordError, match=r"samples\.dropped of a .*Summary is wrong"):
+        from_json(experiment.summary_type, written | {"samples": {"asked": 4}}, "x.json")
 
 
 def test_the_control_is_drawn_from_the_seed(vlm, questions, tmp_path, monkeypatch):

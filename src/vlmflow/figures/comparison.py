@@ -86,6 +86,6 @@ def promises(path: Path, panels: Mapping[str, Sequence[Promise]], title: str) ->
     save(figure, path)
 
 
-def _beats(one: Point, other: Point) -> bool:
-    at_least = one.cost <= other.cost and one.value >= other.value
-    return at_least and (one.cost < other.cost or one.value > other.value)
+def _beats(point: Point, other: Point) -> bool:
+    at_least = point.cost <= other.cost and point.value >= other.value
+    return at_least and (point.cost < other.cost or point.value > other.value)

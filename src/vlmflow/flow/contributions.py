@@ -59,11 +59,11 @@ class ByLayer:
         """The measures of one sample, by layer; null for a segment without tokens."""
         from vlmflow.flow.saliency import saliency
 
-        found = saliency(vlm.model, prediction.inputs, prediction.target)
+        result = saliency(vlm.model, prediction.inputs, prediction.target)
         layers = list(named_layers(self.layers, vlm.n_layers))
-        by_layer = {name: getattr(found, name)[layers, 0].tolist() for name in MEASURES}
+        by_layer = {name: getattr(result, name)[layers, 0].tolist() for name in MEASURES}
         return {
-            "loss": float(found.loss[0]),
+            "loss": float(result.loss[0]),
             **{name: [None if math.isnan(v) else v for v in values] for name, values in by_layer.items()},
         }
 

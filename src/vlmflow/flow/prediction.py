@@ -61,15 +61,15 @@ def spellings(tokenizer: Any, prompt: str, answer: str) -> list[tuple[int, ...]]
         ValueError: an answer without a token.
     """
     head, word = tokenizer.encode(prompt, add_special_tokens=False), answer.strip()
-    found = []
+    spelled = []
     for text in (" " + word, word) if word else ():
         whole = tokenizer.encode(prompt + text, add_special_tokens=False)
         ids = tuple(whole[len(head) :])
-        if whole[: len(head)] == head and ids and ids not in found:
-            found.append(ids)
-    if not found:
+        if whole[: len(head)] == head and ids and ids not in spelled:
+            spelled.append(ids)
+    if not spelled:
         raise ValueError(f"spellings: no token spells {answer!r} behind the prompt; give its token ids")
-    return found
+    return spelled
 
 
 def likeliest(spellings: Sequence[Sequence[int]], logits: Float[Tensor, " vocab"]) -> tuple[int, ...]:

@@ -138,8 +138,8 @@ def saliency(
     model's gradients may vanish: ``loss_scale`` multiplies L before the backward pass and divides after.
 
     >>> answer = int(model(**inputs).logits[0, -1].argmax())
-    >>> found = saliency(model, inputs, target=answer)
-    >>> bool(found.s_img[0] > found.s_img[-1])  # image tokens matter in the first layer more than in the last
+    >>> result = saliency(model, inputs, target=answer)
+    >>> bool(result.s_img[0] > result.s_img[-1])  # image tokens matter in the first layer more than in the last
     True
 
     How: A only feeds O = A V, so dL/dA = dL/dO V^T. The model's own kernel runs; a hook on its output gets dL/dO in

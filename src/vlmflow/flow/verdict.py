@@ -35,7 +35,7 @@ def judged(claims: Sequence[Claim]) -> Hypothesis:
 
 
 def in_markdown(summary: StudySummary, sections: Sequence[str]) -> str:
-    """A study's verdict: its title, a paragraph on the samples, and the experiment's own sections."""
+    """A study's verdict: its title, a paragraph on the samples, and the experiment's sections."""
     settings, counts = summary.settings, summary.samples
     opening = (
         f"# {settings['experiment'].capitalize()} of {settings['model']} on {settings['task']}\n\n"

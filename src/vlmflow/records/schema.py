@@ -289,7 +289,7 @@ class StudyRow:
 
     ``blank_answer`` is what the model said to a blank picture; where that was right, the sample is ``dropped`` and
     nothing else is known of it. ``target`` is the answer's first token, ``right`` whether it was the likeliest one
-    with the image, ``lengths`` the tokens of each segment, ``found`` the experiment's own numbers. ``failure`` says
+    with the image, ``lengths`` the tokens of each segment, ``found`` the experiment's numbers. ``failure`` says
     why there is nothing.
     """
 
