@@ -204,12 +204,12 @@ def _without(call: TappedCall, knockouts: list[Knockout], out: Tensor, weights: 
         return out, weights
     rows = right_align(aimed, count)
     row_valid = torch.gather(aimed, 1, rows)
-    value = kernel.value[:, :, :n_key]
+    key, value, scoring = kernel.key[:, :, :n_key], kernel.value[:, :, :n_key], kernel.scoring
     new_out, new_weights = [], []
     step = max(1, _ROW_BUDGET // (batch * n_heads * n_key))
     for some in torch.arange(count, device=device).split(step):
         row, valid = rows[:, some], row_valid[:, some]
-        queries = QueryRows.take(kernel.query, kernel.key[:, :, :n_key], kernel.mask, row, valid, kernel.scoring)
+        queries = QueryRows.take(kernel.query, key, kernel.mask, row, valid, scoring)
         is_boolean = queries.mask.dtype == torch.bool
         visible = queries.mask if is_boolean else queries.mask > torch.finfo(queries.mask.dtype).min / 2
         blocked = {how: torch.zeros_like(visible) for how in ("mask", "zero")}

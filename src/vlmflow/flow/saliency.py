@@ -301,7 +301,7 @@ def tiles(
     call: TappedCall, gradient: Float[Tensor, "batch query heads channel"], form: Form
 ) -> Iterator[tuple[int, Float[Tensor, "batch row key"]]]:
     """I(i, j) of one layer, some query rows at a time: (first row, importance); keys left out see nothing there."""
-    kernel = call.kernel
+    kernel, scoring = call.kernel, call.kernel.scoring
     query, key, value = kernel.query.detach(), kernel.key.detach(), kernel.value.detach()
     batch, heads, n_query, _ = query.shape
     kv_heads, n_key, channel = value.shape[1:]
@@ -313,7 +313,7 @@ def tiles(
         end = last if is_causal else n_key  # what no row of the tile sees, nobody needs
         row = torch.arange(first, last, device=query.device).expand(batch, -1)
         valid = torch.ones_like(row, dtype=torch.bool)
-        rows = QueryRows.take(query[:, :, :end], key[:, :, :end], kernel.mask, row, valid, kernel.scoring)
+        rows = QueryRows.take(query[:, :, :end], key[:, :, :end], kernel.mask, row, valid, scoring)
         attention = rows.weights()
         grouped = gradient[:, :, first:last].float().reshape(batch, kv_heads, -1, channel)
         slope = (grouped @ value[:, :, :end].float().transpose(2, 3)).reshape(attention.shape)
