@@ -23,8 +23,8 @@ def by_layer(stem: Path, layers: Sequence[int], curves: Mapping[str, Curve], yla
         numbers = _numbers(curve)
         value, low, high = np.where(numbers > 0, numbers, np.nan)
         axis.fill_between(layers, low, high, color=COLOURS[number], alpha=0.2, linewidth=0)
-        look = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": ("-", "--", ":")[number]}
-        axis.plot(layers, value, label=name, gid=name, markersize=5, linewidth=1.4, **look)
+        (line,) = axis.plot(layers, value, label=name, gid=name, markersize=5, linewidth=1.4)
+        line.set(color=COLOURS[number], marker=MARKERS[number], linestyle=("-", "--", ":")[number])
     axis.set_yscale("log")
     _by_number(axis, layers)
     axis.set(xlabel="layer", ylabel=ylabel)
