@@ -154,11 +154,11 @@ def saliency(dry: bool) -> dict[str, Any]:
     chosen = [*(small if dry else []), "--threads", str(torch.get_num_threads())]
     command = [sys.executable, "-m", "bench.saliency", *chosen]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(run.stdout.splitlines()[-1])
-    settings = found["settings"]
+    measured = json.loads(run.stdout.splitlines()[-1])
+    settings = measured["settings"]
     described = {"geometry": f"{settings['layers']} layers, {settings['hidden']} wide", "dtype": "float32"}
     where = machine(torch.device("cpu")) | {"threads": settings["threads"]}
-    return described | {"machine": where, "rows": found["rows"], "settings": settings}
+    return described | {"machine": where, "rows": measured["rows"], "settings": settings}
 
 
 STAGES = {

@@ -49,7 +49,7 @@ WEIGHTS = {  # the stages' largest models
 TESTED_WITH = ("pytest", "pytest_timeout", "xdist", "beartype", "accelerate", "peft")
 
 
-def found() -> dict[str, str]:
+def equipment() -> dict[str, str]:
     """What there is to run on."""
     rows = {"GPU": "none that torch sees", "driver": driver()}
     if torch.cuda.is_available():
@@ -72,7 +72,7 @@ def driver() -> str:
 
 def refused(dry: bool) -> Mapping[str, str]:
     """Print what was found; the stages that cannot run on it, and why."""
-    for name, value in found().items():
+    for name, value in equipment().items():
         print(f"{name:>28}  {value}")
     cuda = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else None

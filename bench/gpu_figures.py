@@ -143,8 +143,8 @@ def cell(
 def by_itself(model: Any, request: Any, pruner: Pruner, first: Timing, repeats: int) -> dict[str, Any]:
     """A method's medians with nothing beside it; those of its first run where it does not fit again."""
     timings = stages.attempt(lambda: [run(model, request, pruner) for _ in range(repeats)]) or [first]
-    seconds = {part: statistics.median(one.parts[part] for one in timings) for part in first.parts}
-    peaks = [one.peak_bytes for one in timings if one.peak_bytes is not None]
+    seconds = {part: statistics.median(timing.parts[part] for timing in timings) for part in first.parts}
+    peaks = [timing.peak_bytes for timing in timings if timing.peak_bytes is not None]
     return {"seconds": seconds, "peak_bytes": max(peaks, default=None), "kv_bytes": first.kv_bytes}
 
 

@@ -107,7 +107,7 @@ def counted(report: Path) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
         name = case.attrib["name"]  # of the test, or of the file if it could not be collected
         parts = f"{case.attrib['classname']}.{name}".split(".")
         where = next((part for part in parts if part.startswith("test_")), name)
-        wrong = next((found for tag in ("failure", "error") if (found := case.find(tag)) is not None), None)
+        wrong = next((element for tag in ("failure", "error") if (element := case.find(tag)) is not None), None)
         outcome = "failed" if wrong is not None else "skipped" if case.find("skipped") is not None else "passed"
         files.setdefault(where, Counter(passed=0, failed=0, skipped=0))[outcome] += 1
         if wrong is not None:

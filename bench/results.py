@@ -39,8 +39,11 @@ def agreement(batched: Path, alone: Path) -> dict[str, Any]:
     """How many answers of two sweeps are the same, run by run, and the questions where they are not."""
     runs = {}
     for path in sorted(settings.parent for settings in alone.glob("*/settings.json")):
-        one, many = (rows_of(Folder(folder)).read() for folder in (path, batched / path.name))
-        runs[path.name] = {"asked": len(one), "other": [key for key in one if one[key].answer != many[key].answer]}
+        single, batch = (rows_of(Folder(folder)).read() for folder in (path, batched / path.name))
+        runs[path.name] = {
+            "asked": len(single),
+            "other": [key for key in single if single[key].answer != batch[key].answer],
+        }
     return runs
 
 

@@ -132,20 +132,23 @@ def compare(options: argparse.Namespace) -> None:
     for n_tokens in options.tokens:
         plain = None
         for method in options.methods:
-            found = None if method in too_large else in_a_process(options, method, n_tokens)
-            if found is None:
+            measured = None if method in too_large else in_a_process(options, method, n_tokens)
+            if measured is None:
                 too_large.add(method)  # nor will it fit a longer prompt
                 print(f"{n_tokens:>7} {method:>13} does not fit", flush=True)
                 rows.append({"tokens": n_tokens, "method": method, "fits": False})
                 continue
-            plain = found if method == "plain" else plain
-            row = {"tokens": n_tokens, "method": method, "fits": True, **found}
+            plain = measured if method == "plain" else plain
+            row = {"tokens": n_tokens, "method": method, "fits": True, **measured}
             ratios = ["", ""]
             if plain is not None:
-                row |= {"memory_ratio": found["mb"] / plain["mb"], "time_ratio": found["seconds"] / plain["seconds"]}
+                row |= {
+                    "memory_ratio": measured["mb"] / plain["mb"],
+                    "time_ratio": measured["seconds"] / plain["seconds"],
+                }
                 ratios = [f"{row['memory_ratio']:.2f}", f"{row['time_ratio']:.2f}"]
             rows.append(row)
-            memory, seconds = f"{found['mb']:>9.1f} {ratios[0]:>8}", f"{found['seconds']:>8.2f} {ratios[1]:>8}"
+            memory, seconds = f"{measured['mb']:>9.1f} {ratios[0]:>8}", f"{measured['seconds']:>8.2f} {ratios[1]:>8}"
             print(f"{n_tokens:>7} {method:>13} {memory} {seconds}", flush=True)
     print(json.dumps({"rows": rows, "settings": vars(options), "versions": versions()}))
 

@@ -113,18 +113,18 @@ def measure(
             alone[name].append(bare_layers(model, schedule, TEXT, batch))
 
     request = Request(random_prompt(model, image_tokens, TEXT, batch), new_tokens, protocol)
-    found = asdict(compare(model, request, pruners, repeats, each=beside))
+    record = asdict(compare(model, request, pruners, repeats, each=beside))
     if bare:
-        found["bare_seconds"] = {name: statistics.median(taken) for name, taken in alone.items()}
+        record["bare_seconds"] = {name: statistics.median(taken) for name, taken in alone.items()}
     geometry, width = Geometry.from_config(model.config), model.dtype.itemsize
     if protocol == "deployed":
         schedules = {name: pruner.schedule(layers, image_tokens) for name, pruner in pruners.items()}
-        found["kv_promised"] = {
+        record["kv_promised"] = {
             name: batch * sum(kv_bytes(geometry, schedule, TEXT, decoded=new_tokens - 1, dtype_bytes=width))
             for name, schedule in schedules.items()
         }
     setting = {"batch": batch, "image_tokens": image_tokens, "new_tokens": new_tokens, "protocol": protocol}
-    return setting | {"repeats": repeats} | found
+    return setting | {"repeats": repeats} | record
 
 
 def attempt(work: Callable[[], T]) -> T | None:

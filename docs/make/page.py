@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vlmflow.records.table import Table
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,6 +20,5 @@ def put(page: str, name: str, body: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown; numbers stand to the right, the first column to the left."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """A table of numbers in Markdown."""
+    return Table(header, rows).markdown(numbers=True).rstrip()

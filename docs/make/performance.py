@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from docs.make.page import ROOT, put, table
+from vlmflow.core.statistics import Interval
 from vlmflow.figures.comparison import Promise, promises
 from vlmflow.records.files import write_text
 
@@ -36,8 +37,8 @@ def load(folder: Path, name: str) -> dict[str, Any] | None:
     return None if record is None or record["dry"] else record
 
 
-def ratio(found: dict[str, float]) -> str:
-    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+def ratio(interval: dict[str, float]) -> str:
+    return f"{interval['value']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
 def seconds(value: float) -> str:
@@ -64,19 +65,19 @@ def prefill(record: dict[str, Any]) -> str:
     """First-token times beside what FLOPs and, where they ran, bare layers promise."""
     (point,) = record["points"]
     bare, rows = point.get("bare_seconds"), []
-    for name, one in point["methods"].items():
-        speedup, alone, promised = one["speedup"]["prefill"], one["speedup"]["decoder"], one["promised"]
-        first = [name, seconds(one["seconds"]["prefill"]), ratio(speedup)]
-        first += [seconds(one["seconds"]["decoder"]), ratio(alone), f"{promised:.2f}"]
+    for name, latency in point["methods"].items():
+        speedup, alone, promised = latency["speedup"]["prefill"], latency["speedup"]["decoder"], latency["promised"]
+        first = [name, seconds(latency["seconds"]["prefill"]), ratio(speedup)]
+        first += [seconds(latency["seconds"]["decoder"]), ratio(alone), f"{promised:.2f}"]
         beside = [f"{bare['none'] / bare[name]:.2f}"] if bare else []
         rows.append([*first, f"{alone['value'] / promised:.1%}", *beside])
     header = ["method", "prefill", "times as fast", "decoder alone", "times as fast", "by exact FLOPs", "reached"]
     setting = f"Batch {point['batch']}, {point['image_tokens'][0]} image tokens, {point['repeats']} rounds:"
     blocks = [source(record), setting, table([*header, *(["bare layers"] if bare else [])], rows)]
     if "engine_seconds" in record:
-        own, whole = record["engine_seconds"], point["methods"]["none"]["seconds"]["prefill"]
+        engine, whole = record["engine_seconds"], point["methods"]["none"]["seconds"]["prefill"]
         blocks.append(
-            f"Of HiMAP's prefill {seconds(own)} are the engine's own, {own / whole:.2%} of the unpruned prefill."
+            f"Of HiMAP's prefill {seconds(engine)} are the engine's own, {engine / whole:.2%} of the unpruned prefill."
         )
     return "\n\n".join(blocks)
 
@@ -94,10 +95,12 @@ def decode(record: dict[str, Any]) -> str:
     """Times per further token, and the cache that is read for each."""
     rows = []
     for point in record["points"]:
-        for name, one in point["methods"].items():
+        for name, latency in point["methods"].items():
             where = f"{point['batch']} x {point['image_tokens'][0]} ({point['repeats']})"
-            share = one["kv_bytes"] / point["methods"]["none"]["kv_bytes"]
-            rows.append([where, name, seconds(one["seconds"]["tpot"]), ratio(one["speedup"]["tpot"]), f"{share:.0%}"])
+            share = latency["kv_bytes"] / point["methods"]["none"]["kv_bytes"]
+            rows.append(
+                [where, name, seconds(latency["seconds"]["tpot"]), ratio(latency["speedup"]["tpot"]), f"{share:.0%}"]
+            )
     header = ["batch x image tokens (rounds)", "method", "a token", "times as fast", "KV bytes"]
     hook = (
         f"Before a pruned layer the engine works {record['hook_seconds'] * 1e6:.1f} µs a token, if nothing is padded."
@@ -109,8 +112,10 @@ def protocols(record: dict[str, Any]) -> str:
     """A long answer in both protocols."""
     rows = []
     for point in record["points"]:
-        for name, one in point["methods"].items():
-            rows.append([point["protocol"], name, seconds(one["seconds"]["total"]), ratio(one["speedup"]["total"])])
+        for name, latency in point["methods"].items():
+            rows.append(
+                [point["protocol"], name, seconds(latency["seconds"]["total"]), ratio(latency["speedup"]["total"])]
+            )
     deployed, paper = (point["methods"]["none"]["seconds"]["total"] for point in record["points"])
     both = f"Unpruned, the authors' protocol takes {paper / deployed:.1f} times as long as the deployed one."
     return f"{source(record)}\n\n{table(['protocol', 'method', '64 tokens', 'times as fast'], rows)}\n\n{both}"
@@ -166,15 +171,17 @@ def gpu_prefill(record: dict[str, Any]) -> str:
     header = ["method", "first token", "times as fast", "by exact FLOPs", "reached", "peak memory"]
     for point in record["points"]:
         rows = []
-        for name, one in point["methods"].items():
-            speedup, promised = one["speedup"]["ttft"], one["promised"]
-            cells = [name, seconds(one["seconds"]["ttft"]), ratio(speedup), f"{promised:.2f}"]
-            rows.append([*cells, f"{speedup['value'] / promised:.0%}", gigabytes(one["peak_bytes"])])
-        for name, one in point.get("alone", {}).items():
-            rows.append([name, seconds(one["seconds"]["ttft"]), "", "", "", gigabytes(one["peak_bytes"])])
+        for name, latency in point["methods"].items():
+            speedup, promised = latency["speedup"]["ttft"], latency["promised"]
+            cells = [name, seconds(latency["seconds"]["ttft"]), ratio(speedup), f"{promised:.2f}"]
+            rows.append([*cells, f"{speedup['value'] / promised:.0%}", gigabytes(latency["peak_bytes"])])
+        for name, latency in point.get("alone", {}).items():
+            rows.append([name, seconds(latency["seconds"]["ttft"]), "", "", "", gigabytes(latency["peak_bytes"])])
         rows += [[name, "does not fit", "", "", "", ""] for name in point["does_not_fit"]]
         blocks += [f"Batch {point['batch']}, {point['image_tokens']} image tokens:", table(header, rows)]
-        speedups = {name: one["speedup"]["ttft"] for name, one in point["methods"].items() if name not in DROP_NOTHING}
+        speedups = {
+            name: latency["speedup"]["ttft"] for name, latency in point["methods"].items() if name not in DROP_NOTHING
+        }
         unsure = [name for name, speedup in speedups.items() if speedup["low"] <= 1 <= speedup["high"]]
         slower = [name for name, speedup in speedups.items() if speedup["high"] < 1]
         blocks += [f"No sure gain here: {', '.join(unsure)}."] if unsure else []
@@ -184,10 +191,10 @@ def gpu_prefill(record: dict[str, Any]) -> str:
     for work in record["work"]:
         names = ("operations", "launches", "copies", "waits")
         rows = [
-            [name, *(str(one[key]) for key in names), seconds(one["issued"]), seconds(one["done"])]
-            if one
+            [name, *(str(counts[key]) for key in names), seconds(counts["issued"]), seconds(counts["done"])]
+            if counts
             else [name, "does not fit", "", "", "", "", ""]
-            for name, one in work["methods"].items()
+            for name, counts in work["methods"].items()
         ]
         blocks.append(
             f"What one prefill asks of the device, batch {work['batch']}, {work['image_tokens']} image tokens:"
@@ -200,12 +207,12 @@ def targets(points: list[dict[str, Any]]) -> list[str]:
     """What the prefill should reach, and where it does not."""
     reached, added, at_most = {}, {}, {}
     for point in points:
-        for name, one in point["methods"].items():
-            where, speedup = f"{name} at {point['batch']} x {point['image_tokens']}", one["speedup"]["ttft"]
+        for name, latency in point["methods"].items():
+            where, speedup = f"{name} at {point['batch']} x {point['image_tokens']}", latency["speedup"]["ttft"]
             if name not in DROP_NOTHING:
                 at_most[where] = speedup["high"]
                 if point["batch"] == 8:
-                    reached[where] = speedup["value"] / one["promised"]
+                    reached[where] = speedup["value"] / latency["promised"]
             if name == "keep all" and point["batch"] == 1:
                 added[where] = 1 / speedup["value"] - 1
     return [
@@ -215,9 +222,9 @@ def targets(points: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _target(wanted: str, found: dict[str, float], met: Callable[[float], bool]) -> str:
-    missed = [f"{where} ({share:.1%})" for where, share in found.items() if not met(share)]
-    outcome = f"missed by {', '.join(missed)}" if missed else "met" if found else "not measured"
+def _target(wanted: str, measured: dict[str, float], met: Callable[[float], bool]) -> str:
+    missed = [f"{where} ({share:.1%})" for where, share in measured.items() if not met(share)]
+    outcome = f"missed by {', '.join(missed)}" if missed else "met" if measured else "not measured"
     return f"- {wanted}: {outcome}"
 
 
@@ -226,11 +233,15 @@ def gpu_protocols(record: dict[str, Any]) -> str:
     rows = []
     for point in record["points"]:
         where = [point["name"], point["protocol"]]
-        for name, one in point["methods"].items():
-            parts = [seconds(one["seconds"]["ttft"]), seconds(one["seconds"]["total"]), ratio(one["speedup"]["total"])]
+        for name, latency in point["methods"].items():
+            parts = [
+                seconds(latency["seconds"]["ttft"]),
+                seconds(latency["seconds"]["total"]),
+                ratio(latency["speedup"]["total"]),
+            ]
             rows.append([*where, name, *parts])
-        for name, one in point.get("alone", {}).items():
-            rows.append([*where, name, seconds(one["seconds"]["ttft"]), seconds(one["seconds"]["total"]), ""])
+        for name, latency in point.get("alone", {}).items():
+            rows.append([*where, name, seconds(latency["seconds"]["ttft"]), seconds(latency["seconds"]["total"]), ""])
         rows += [[*where, name, "does not fit", "", ""] for name in point["does_not_fit"]]
     answer = f"{record['points'][0]['new_tokens']} tokens"
     header = ["geometry", "protocol", "method", "first token", answer, "times as fast"]
@@ -242,12 +253,12 @@ def gpu_decode(record: dict[str, Any]) -> str:
     rows = []
     for point in record["points"]:
         where = f"{point['batch']} x {point['image_tokens']}"
-        for name, one in point["methods"].items():
-            rate = point["batch"] / one["seconds"]["tpot"]
-            rows.append([where, name, f"{rate:.0f}", ratio(one["speedup"]["tpot"]), gigabytes(one["kv_bytes"])])
-        for name, one in point.get("alone", {}).items():
-            rate = point["batch"] / one["seconds"]["tpot"]
-            rows.append([where, name, f"{rate:.0f}", "", gigabytes(one["kv_bytes"])])
+        for name, latency in point["methods"].items():
+            rate = point["batch"] / latency["seconds"]["tpot"]
+            rows.append([where, name, f"{rate:.0f}", ratio(latency["speedup"]["tpot"]), gigabytes(latency["kv_bytes"])])
+        for name, latency in point.get("alone", {}).items():
+            rate = point["batch"] / latency["seconds"]["tpot"]
+            rows.append([where, name, f"{rate:.0f}", "", gigabytes(latency["kv_bytes"])])
         rows += [[where, name, "does not fit", "", ""] for name in point["does_not_fit"]]
     largest = [
         [str(row["image_tokens"]), row["method"], str(row["computed"]), str(row["ran"]), str(row["too_many"] or "?")]
@@ -273,9 +284,9 @@ def pico(record: dict[str, Any]) -> str:
     """The embedded model's answers against the CPU's."""
     rows = [[row["method"], str(row["asked"]), str(row["right"]), f"{row['identical']:.2%}"] for row in record["rows"]]
     wrong = [
-        f"- {row['method']}, {one['id']}: {one['question']} Here {one['here']!r}, on the CPU {one['cpu']!r}."
+        f"- {row['method']}, {said['id']}: {said['question']} Here {said['here']!r}, on the CPU {said['cpu']!r}."
         for row in record["rows"]
-        for one in row["differing"]
+        for said in row["differing"]
     ]
     answers = table(["method", "asked", "right", "answered as on the CPU"], rows)
     return "\n\n".join([source(record), answers, *_listed("Answered otherwise", wrong)])
@@ -314,20 +325,20 @@ def picture(folder: Path, path: Path) -> None:
     decodes: list[Promise] = []
     caches: list[Promise] = []
     for name in CPU:
-        record = load(folder, name)
-        for point in record.get("points", ()) if record else ():
+        record = load(folder, name) or {}
+        for point in record.get("points", ()):
             none = point["methods"]["none"]
-            for method, one in point["methods"].items():
+            for method, latency in point["methods"].items():
                 if point["protocol"] != "deployed" or method == "none":
                     continue
-                prefills.append(_promise(method, one["promised"], one["speedup"]["decoder"]))
-                if "tpot" in one["speedup"]:
+                prefills.append(Promise(method, latency["promised"], Interval(**latency["speedup"]["decoder"])))
+                if "tpot" in latency["speedup"]:
                     weights = record["weight_bytes"]
-                    promised = (weights + none["kv_bytes"]) / (weights + one["kv_bytes"])
-                    decodes.append(_promise(method, promised, one["speedup"]["tpot"]))
-                measured = none["kv_bytes"] / one["kv_bytes"]
+                    promised = (weights + none["kv_bytes"]) / (weights + latency["kv_bytes"])
+                    decodes.append(Promise(method, promised, Interval(**latency["speedup"]["tpot"])))
+                measured = none["kv_bytes"] / latency["kv_bytes"]
                 promised = point["kv_promised"]["none"] / point["kv_promised"][method]
-                caches.append(Promise(method, promised, measured, measured, measured))
+                caches.append(Promise(method, promised, Interval(measured, measured, measured)))
     panels = {
         "decoder's prefill, times as fast": prefills,
         "a token, times as fast": decodes,
@@ -335,10 +346,6 @@ def picture(folder: Path, path: Path) -> None:
     }
     if panels := {label: panel for label, panel in panels.items() if panel}:
         promises(path, panels, "What theory promises, and what was measured")
-
-
-def _promise(method: str, promised: float, speedup: Mapping[str, float]) -> Promise:
-    return Promise(method, promised, speedup["value"], speedup["low"], speedup["high"])
 
 
 def filled(page: str, folder: Path) -> str:

@@ -50,7 +50,7 @@ def score_card() -> str:
     rows = []
     for kind, wanted in WANTED.items():
         figures = [card["sets"][name][kind] for name in sets]
-        cells = [interval(one["value"], one["low"], one["high"]) for one in figures]
+        cells = [interval(figure["value"], figure["low"], figure["high"]) for figure in figures]
         rows.append([f"{kind} (CIDEr-D)" if kind == "caption" else kind, "" if wanted is None else str(wanted), *cells])
     easy = card["sets"]["easy-vqa test"]["all"]
     rows.append(["easy-VQA, test", "95", interval(easy["value"], easy["low"], easy["high"]), "", ""])

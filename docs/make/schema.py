@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from docs.make.page import ROOT
+from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import write_json
-from vlmflow.records.schema import json_schema
+from vlmflow.records.schema import RECORDS, json_schema
 
 PATH = ROOT / "docs" / "schema.json"
 
 
+def schema() -> dict[str, Any]:
+    """The records that all commands share, and each study's summary."""
+    return json_schema([*RECORDS, *(experiment.summary_type for experiment in EXPERIMENTS.values())])
+
+
 if __name__ == "__main__":
-    write_json(PATH, json_schema())
+    write_json(PATH, schema())

@@ -49,11 +49,11 @@ def _attend(
         q, k, v = (x[:, :, start:end] for x in (query * scaling, key, value))
         split = (batch, heads, questions, tokens, dim)
         past = q @ first_key.mT
-        own = q.reshape(split) @ k.reshape(split).mT
-        own = own + torch.full((tokens, tokens), -torch.inf).triu(1)
-        weights = torch.cat([past, own.reshape(batch, heads, questions * tokens, tokens)], -1).softmax(-1)
-        own = weights[..., blocks.prefix :].reshape(batch, heads, questions, tokens, tokens) @ v.reshape(split)
-        out.append(weights[..., : blocks.prefix] @ first_value + own.reshape(q.shape))
+        within = q.reshape(split) @ k.reshape(split).mT
+        within = within + torch.full((tokens, tokens), -torch.inf).triu(1)
+        weights = torch.cat([past, within.reshape(batch, heads, questions * tokens, tokens)], -1).softmax(-1)
+        within = weights[..., blocks.prefix :].reshape(batch, heads, questions, tokens, tokens) @ v.reshape(split)
+        out.append(weights[..., : blocks.prefix] @ first_value + within.reshape(q.shape))
         start = end
     return torch.cat(out, 2).transpose(1, 2), None
 

@@ -65,7 +65,7 @@ SETS = (
 
 def blank(sample: Sample) -> Sample:
     """The same question about nothing."""
-    return replace(sample, images=tuple(Picture(f"{one.name} blank", nothing) for one in sample.images))
+    return replace(sample, images=tuple(Picture(f"{picture.name} blank", nothing) for picture in sample.images))
 
 
 def nothing() -> Image.Image:
@@ -90,17 +90,17 @@ def by_kind(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def figure(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """A figure in percent (CIDEr: times 100) with its interval, and of how many answers it is."""
-    found = task.metric(outcomes)
-    low, high = found["interval"]
-    rounded = {name: round(value, 2) for name, value in (("value", found["value"]), ("low", low), ("high", high))}
-    return {"figure": found["figure"], **rounded, "n": found["n"]}
+    metric = task.metric(outcomes)
+    low, high = metric["interval"]
+    rounded = {name: round(value, 2) for name, value in (("value", metric["value"]), ("low", low), ("high", high))}
+    return {"figure": metric["figure"], **rounded, "n": metric["n"]}
 
 
 def score(vlm: VLM, pictures: int, batch_size: int, work: Path) -> dict[str, dict[str, Any]]:
     """Score a model on every set; ``work`` keeps the rows."""
     card: dict[str, dict[str, Any]] = {}
     with Progress() as progress:
-        for scored, name in ((one, name) for one in SETS for name in one.tasks):
+        for scored, name in ((each, name) for each in SETS for name in each.tasks):
             task, samples = TASKS[name], scored.samples(name, pictures)
             bar = progress.add_task(f"{scored.title}, {name}", total=len(samples))
             folder = work / f"{scored.title.replace(' ', '-').replace(',', '')}-{name}"
@@ -136,7 +136,12 @@ def main(
     }
     write_json(out, results)
     typer.echo(
-        json.dumps({title: {k: one["value"] for k, one in kinds.items()} for title, kinds in results["sets"].items()})
+        json.dumps(
+            {
+                title: {kind: scored["value"] for kind, scored in kinds.items()}
+                for title, kinds in results["sets"].items()
+            }
+        )
     )
 
 

@@ -67,9 +67,9 @@ Sums = dict[str, float]
 """Sums over batches: losses and how many there were, and of each kind how many were right and how many asked."""
 
 
-def added(one: Sums, other: Sums) -> Sums:
+def added(first: Sums, other: Sums) -> Sums:
     """The sums of both."""
-    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
+    return {name: first.get(name, 0) + other.get(name, 0) for name in first | other}
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,8 @@ class TrainingRun:
                 report, began = {}, now
             if (step + 1) % EXAM_EVERY == 0 or step + 1 == stage.steps:
                 for split in ("held_out", "new_pairs"):
-                    found = self.exam(stage, average, split)
-                    self.log({"stage": stage.name, "step": step + 1, "exam": split} | means(found))
+                    sums = self.exam(stage, average, split)
+                    self.log({"stage": stage.name, "step": step + 1, "exam": split} | means(sums))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save(reached(step + 1))
                 saved = time.monotonic()

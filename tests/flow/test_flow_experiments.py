@@ -20,20 +20,21 @@ from typer.testing import CliRunner
 from vlmflow import attach
 from vlmflow.cli import app
 from vlmflow.core.images import open_image
+from vlmflow.core.statistics import Interval
 from vlmflow.evaluate.runner import run
 from vlmflow.figures import analysis, maps
 from vlmflow.flow.consistency import label_consistency, score_consistency
 from vlmflow.flow.contributions import ByLayer
 from vlmflow.flow.knockout import Knockout, random_positions
 from vlmflow.flow.prediction import predict
-from vlmflow.flow.rows import study_rows_of
 from vlmflow.flow.saliency import saliency
 from vlmflow.flow.study import Study, blank
 from vlmflow.flow.windows import ByWindow
 from vlmflow.models import VLM, Question, load
 from vlmflow.pico import samples as pico_samples
 from vlmflow.records.files import RecordError
-from vlmflow.records.folder import Folder
+from vlmflow.records.folder import RowFile
+from vlmflow.records.schema import FORMAT, StudyRow, from_json, read_record, to_json
 from vlmflow.tasks import TASKS, Source
 
 SCENES = pico_samples()
@@ -130,6 +131,22 @@ def test_knockout_rows_are_what_knockouts_leave(vlm, questions, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
     left = [one["found"]["blocked"]["visual-textual 4,7"]["score"] for one in rows if not one["dropped"]]
     assert lost == pytest.approx(1 - np.mean(left))
+
+
+@pytest.mark.parametrize("experiment", [ByLayer(layers=(2, 9)), ByWindow(layers=(2, 9), width=1)], ids=lambda e: e.name)
+def test_a_summary_is_read_back_as_it_was_written(vlm, questions, tmp_path, experiment):
+    """By the type that wrote it, with what is not defined; so are those from before it had a format."""
+    written = run(vlm, study(questions, experiment), tmp_path / "out")
+    summary = read_record(experiment.summary_type, tmp_path / "out/summary.json")
+    assert to_json(summary) == written
+    assert written["format"] == FORMAT
+    assert summary.samples.kept == 3
+    wild = summary.log_vt_vv[1] if experiment.name == "saliency" else summary.log_vv_vt["score"][1]
+    assert not math.isfinite(wild.value)  # of the last layer, whose image tokens nothing reads
+    old = {name: value for name, value in written.items() if name != "format"}
+    assert to_json(from_json(experiment.summary_type, old, "old")) == written
+    with pytest.raises(RecordError, match=r"samples\.dropped of a .*Summary is wrong"):
+        from_json(experiment.summary_type, written | {"samples": {"asked": 4}}, "x.json")
 
 
 def test_the_control_is_drawn_from_the_seed(vlm, questions, tmp_path, monkeypatch):
@@ -232,11 +249,11 @@ def test_when_all_fail_it_stops_and_keeps_the_rows(vlm, questions, tmp_path, mon
         (tmp_path / f"{number}.png").write_text("no image")
     with pytest.raises(RecordError, match=r"no sample is left: 0 of 4 .*, 4 failed \(.*is no image"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
-    assert len(study_rows_of(Folder(tmp_path / "out")).read()) == 4
+    assert len(RowFile(tmp_path / "out/rows.jsonl", StudyRow).read()) == 4
     monkeypatch.setattr("vlmflow.evaluate.runner.FAILURES_IN_A_ROW", 2)
     with pytest.raises(RecordError, match="2 samples in a row failed"):
         run(vlm, study(questions, ByLayer()), tmp_path / "soon", batch_size=1)
-    assert len(study_rows_of(Folder(tmp_path / "soon")).read()) == 2
+    assert len(RowFile(tmp_path / "soon/rows.jsonl", StudyRow).read()) == 2
 
 
 def test_a_token_outside_the_vocabulary_is_told_of(vlm, questions, tmp_path, monkeypatch):
@@ -250,7 +267,7 @@ def test_nothing_left_is_told_of(vlm, questions, tmp_path):
     questions.write_text(line)
     with pytest.raises(RecordError, match="no sample is left: 1 of 1 were answered right about a blank picture"):
         run(vlm, study(questions, ByLayer()), tmp_path / "out")
-    assert len(study_rows_of(Folder(tmp_path / "out")).read()) == 1
+    assert len(RowFile(tmp_path / "out/rows.jsonl", StudyRow).read()) == 1
 
 
 def test_a_broken_row_is_named(vlm, questions, tmp_path):
@@ -277,10 +294,10 @@ def is_png(path):
 
 
 def test_figures_show_every_curve(tmp_path):
-    rising = analysis.Curve([1, 2, 0], [0.5, 1, 0], [2, 3, 0])
+    rising = [Interval(1.0, 0.5, 2.0), Interval(2.0, 1.0, 3.0), Interval(0.0, 0.0, 0.0)]
     analysis.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
     assert {"one", "two"} <= set(curves(tmp_path / "a.svg"))
-    ratio = analysis.Curve([math.inf, math.nan, -1], [0, math.nan, -math.inf], [math.inf, math.nan, 0])
+    ratio = [Interval(math.inf, 0.0, math.inf), Interval(*[math.nan] * 3), Interval(-1.0, -math.inf, 0.0)]
     analysis.log_ratios(tmp_path / "b", ["0", "1", "2"], {"one": rising, "two": rising}, ratio, "title")
     assert {"one", "two", "D"} <= set(curves(tmp_path / "b.svg"))
     analysis.consistencies(tmp_path / "c", ["first", "last", "all"], {"label": {"one": rising, "two": rising}}, "title")
@@ -296,7 +313,7 @@ def test_figures_show_every_curve(tmp_path):
 
 
 def test_a_figure_has_no_empty_band(tmp_path):
-    curve = analysis.Curve([0.4, 0.2], [0.3, 0.1], [0.5, 0.3])
+    curve = [Interval(0.4, 0.3, 0.5), Interval(0.2, 0.1, 0.3)]
     analysis.log_ratios(tmp_path / "a", ["0-1", "2-3"], {"one": curve, "two": curve}, curve, "title")
     with Image.open(tmp_path / "a.png") as picture:
         ink = (np.asarray(picture.convert("L")) < 255).any(axis=1)

@@ -9,10 +9,10 @@ import pytest
 
 from vlmflow.core.statistics import Interval
 from vlmflow.flow.contributions import ByLayer, takes_over
-from vlmflow.flow.hypotheses import Claim, judgement_of
 from vlmflow.flow.layers import in_words, named_layers
-from vlmflow.flow.rows import StudyRow
+from vlmflow.flow.verdict import claim, judged
 from vlmflow.flow.windows import ByWindow, ends
+from vlmflow.records.schema import StudyRow
 
 WHOLE = Interval(1.0, 0.5, 1.5)
 
@@ -33,15 +33,15 @@ WHOLE = Interval(1.0, 0.5, 1.5)
     ],
 )
 def test_claims_are_judged_by_their_intervals(interval, judgement):
-    assert Claim("", interval).judgement == judgement
+    assert claim("", interval).judgement == judgement
 
 
 def test_a_hypothesis_holds_if_all_its_claims_do():
-    yes, no, open_ = Claim("", WHOLE), Claim("", Interval(-1.0, -2.0, -0.5)), Claim("", Interval(0.1, -1.0, 1.0))
-    assert judgement_of([yes, yes]) == "holds"
-    assert judgement_of([yes, open_]) == "undecided"
-    assert judgement_of([open_, no]) == "does not hold"
-    assert judgement_of([]) == "undecided"
+    yes, no, open_ = claim("", WHOLE), claim("", Interval(-1.0, -2.0, -0.5)), claim("", Interval(0.1, -1.0, 1.0))
+    assert judged([yes, yes]).judgement == "holds"
+    assert judged([yes, open_]).judgement == "undecided"
+    assert judged([open_, no]).judgement == "does not hold"
+    assert judged([]).judgement == "undecided"
 
 
 def test_numbers_survive_json():
@@ -96,17 +96,17 @@ def measured(vt, vv, n=30):
 )
 def test_saliency_decides_the_hypotheses(vt, vv, judgements, over):
     summary = ByLayer().sum_up(list(measured(vt, vv)), n_layers=6, seed=0)
-    assert tuple(summary["hypotheses"][name]["judgement"] for name in ("H1", "H2")) == judgements
+    assert tuple(summary["hypotheses"][name].judgement for name in ("H1", "H2")) == judgements
     assert summary["takes_over"] == over
-    assert summary["image_to_instruction"]["per_token"]["value"] == pytest.approx(0.01, rel=0.02)
-    assert summary["image_to_instruction"]["together"]["value"] == pytest.approx(0.1, rel=0.02)
-    assert "5" not in summary["leaders"]
+    assert summary["image_to_instruction"]["per_token"].value == pytest.approx(0.01, rel=0.02)
+    assert summary["image_to_instruction"]["together"].value == pytest.approx(0.1, rel=0.02)
+    assert 5 not in summary["leaders"]
 
 
 def test_one_layer_decides_nothing():
     summary = ByLayer((2,)).sum_up([replace(one, found={k: v[2:3] for k, v in one.found.items()}) for one in measured([9] * 6, [1] * 6)], 6, 0)  # fmt: skip  # noqa: E501
-    assert summary["leaders"] == {"2": "visual-textual"}
-    assert {name: own["judgement"] for name, own in summary["hypotheses"].items()} == {
+    assert summary["leaders"] == {2: "visual-textual"}
+    assert {name: one.judgement for name, one in summary["hypotheses"].items()} == {
         "H1": "undecided",
         "H2": "undecided",
     }
@@ -141,15 +141,16 @@ def the_other_way(path, first):
 def test_knockouts_decide_the_hypotheses(left, judgement):
     experiment = ByWindow(width=1)
     summary = experiment.sum_up(list(disturbed(left, experiment, 10)), n_layers=10, seed=0)
-    found = [summary["hypotheses"][name]["judgement"] for name in ("H1", "H2")]
+    found = [summary["hypotheses"][name].judgement for name in ("H1", "H2")]
     assert found == ([judgement] * 2 if judgement else ["does not hold", "undecided"])
     if judgement:
-        d = [own["value"] for own in summary["log_vv_vt"]["score"]]
+        d = [ratio.value for ratio in summary["log_vv_vt"]["score"]]
         deep, shallow = math.log(0.5 / 0.1), math.log(0.2 / 0.6)
         expected = [shallow] * 5 + [deep] * 5 if left is as_the_paper else [deep] * 5 + [shallow] * 5
         assert d == pytest.approx(expected)
     else:
-        assert summary["log_vv_vt"]["score"][0] == {"value": None, "low": None, "high": None, "undefined": 1.0}
+        undefined = {"value": None, "low": None, "high": None, "undefined": 1.0}
+        assert summary["log_vv_vt"]["score"][0].to_dict() == undefined
 
 
 def test_a_window_of_the_last_layer_alone_decides_nothing():
@@ -160,9 +161,9 @@ def test_a_window_of_the_last_layer_alone_decides_nothing():
 
     experiment = ByWindow(width=1)
     summary = experiment.sum_up(list(disturbed(left, experiment, 10)), n_layers=10, seed=0)
-    assert summary["log_vv_vt"]["score"][9]["value"] == "-inf"
-    assert summary["hypotheses"]["H2"]["judgement"] == "holds"
-    assert "layers 5-8" in summary["hypotheses"]["H2"]["claims"][0]["claim"]
+    assert summary["log_vv_vt"]["score"][9].value == -math.inf
+    assert summary["hypotheses"]["H2"].judgement == "holds"
+    assert "layers 5-8" in summary["hypotheses"]["H2"].claims[0].claim
 
 
 def test_windows():

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 import oracles
 import tiny
 from vlmflow import HiMAP, attach, prune
-from vlmflow.flow.saliency import saliency
-from vlmflow.flow.target_tokens import extend, likeliest, spellings
+from vlmflow.flow.prediction import likeliest, spellings
+from vlmflow.flow.saliency import extend, saliency
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 forms = pytest.mark.parametrize("form", ["paper", "released"])

@@ -26,8 +26,8 @@ def by_hand(small, samples):
 
 @pytest.fixture
 def calls(monkeypatch):
-    seen, next_token = [], room._next_token
-    monkeypatch.setattr(room, "_next_token", lambda model, sample: seen.append(1) or next_token(model, sample))
+    seen, next_token = [], room.next_token
+    monkeypatch.setattr(room, "next_token", lambda model, sample: seen.append(1) or next_token(model, sample))
     return seen
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from docs.make.schema import PATH
+from docs.make.schema import PATH, schema
 from vlmflow.core.cost import cost_of
 from vlmflow.core.geometry import GEOMETRIES
 from vlmflow.records.files import RecordError, write_json
@@ -18,7 +18,6 @@ from vlmflow.records.schema import (
     SeenImages,
     SweepRecord,
     from_json,
-    json_schema,
     read_record,
     to_json,
 )
@@ -36,7 +35,7 @@ RUN = RunRecord(
 
 def test_the_published_schema_is_that_of_the_types():
     """``python -m docs.make.schema`` writes it anew."""
-    assert json.loads(PATH.read_text()) == json_schema()
+    assert json.loads(PATH.read_text()) == schema()
 
 
 @pytest.mark.parametrize("record", [RUN, SweepRecord({"seed": 0}, [Line("m", "t", "none", "", None, "f", value=0.5)])])

@@ -9,7 +9,8 @@ from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
 from vlmflow.core.statistics import Interval
 from vlmflow.pruners import Unpruned
-from vlmflow.speed.latency import Comparison, Latency, Request, Timing, compare, ratio_of_medians, run, warm_up
+from vlmflow.records.schema import BenchPoint
+from vlmflow.speed.latency import Request, Timing, compare, ratio_of_medians, run, summed_up, warm_up
 from vlmflow.speed.synthetic import random_model, random_prompt, square_side
 
 GEOMETRY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=2, head_dim=16, vocab=300)
@@ -120,8 +121,8 @@ def test_runs_are_interleaved_after_a_round_that_is_not_counted(model, prompts, 
     assert found.methods["none"].seconds["prefill"] == (4 + 7) / 2
     assert found.methods["vtw"].seconds["prefill"] == (6 + 9) / 2
     assert found.methods["himap"].speedup["prefill"].value == (4 + 7) / (5 + 8)
-    assert found.image_tokens == (50, 50, 50)
-    assert found.text_tokens == (7, 7, 7)
+    assert found.image_tokens == [50, 50, 50]
+    assert found.text_tokens == [7, 7, 7]
     cost = HiMAP(k1=1, k2=3).cost(GEOMETRY, 50, 7, 7)
     assert found.methods["himap"].promised == pytest.approx(1 / cost.share("exact_flops"))
 
@@ -145,8 +146,8 @@ def test_ratio_and_what_does_not_pay():
     base = [Timing(1.0, 1.5, 0.5, (), None, 0)] * 3
     slow = [Timing(1.0, 2.5, 0.5, (), None, 0)] * 3
     rows = {
-        "none": Latency.of(Unpruned(), 1.0, base, base),
-        "fastv": Latency.of(FastV(), 2.0, base, slow),
-        "himap": Latency.of(HiMAP(), 2.0, slow, base),
+        "none": summed_up(Unpruned(), 1.0, base, base),
+        "fastv": summed_up(FastV(), 2.0, base, slow),
+        "himap": summed_up(HiMAP(), 2.0, slow, base),
     }
-    assert Comparison((9,), (1,), rows).not_paying.keys() == {"fastv"}
+    assert BenchPoint(1, 1, [9], [1], rows).not_paying.keys() == {"fastv"}

@@ -25,13 +25,13 @@ from vlmflow.cli.output import console, err_console, plain_table, refusals
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
-from vlmflow.records.schema import BenchPoint, BenchRecord, LatencyRecord, to_json
+from vlmflow.records.schema import BenchPoint, BenchRecord, to_json
 from vlmflow.tasks import TASKS, Source
 
 if TYPE_CHECKING:
     from vlmflow.core.statistics import Interval
     from vlmflow.models import Question
-    from vlmflow.speed.latency import Comparison, Protocol, Request
+    from vlmflow.speed.latency import Protocol
 
 PROTOCOLS: dict[Protocol, str] = {
     "deployed": "KV cache, fused attention",
@@ -120,13 +120,12 @@ def bench(
     requests = [Request(prompt, length, protocol) for prompt, length in product(inputs, lengths)]
     name = subject.geometry or subject.model
     console.print(f"{name}{SHARED if subject.geometry else ''}; protocol {protocol}: {PROTOCOLS[protocol]}.")
-    points = []
+    points: list[BenchPoint] = []
     with Progress(console=err_console, transient=True) as progress:
         bar = progress.add_task("Measuring", total=len(requests) * (repeats + 1) * (len(methods) + 1))
         for request in requests:
-            comparison = compare(model, request, methods, repeats, each=lambda _: progress.advance(bar))
-            points.append(point_of(request, comparison))
-            print_point(request, comparison)
+            points.append(compare(model, request, methods, repeats, each=lambda _: progress.advance(bar)))
+            print_point(points[-1])
     console.print(LEGEND)
     measured = BenchRecord(
         subject=name,
@@ -145,13 +144,6 @@ def bench(
             write_json(save, record)
         typer.echo(f"wrote {save}")
     typer.echo(json.dumps(record))
-
-
-def point_of(request: Request, comparison: Comparison) -> BenchPoint:
-    """What was measured on a request, as it is written."""
-    methods = {name: LatencyRecord(**vars(latency)) for name, latency in comparison.methods.items()}
-    images, texts = list(comparison.image_tokens), list(comparison.text_tokens)
-    return BenchPoint(len(images), request.new_tokens, images, texts, methods)
 
 
 def first_questions(task: str, source: Path | None, count: int) -> list[Question]:
@@ -198,18 +190,15 @@ def whole_numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def print_point(request: Request, comparison: Comparison) -> None:
+def print_point(point: BenchPoint) -> None:
     """One setting's table, and the methods that do not pay there."""
-    images, texts = sum(comparison.image_tokens), sum(comparison.text_tokens)
-    batch = len(comparison.image_tokens)
-    console.print(
-        f"\nBatch {batch}, {images / batch:g} image and {texts / batch:g} text tokens, {request.new_tokens} new tokens"
-    )
+    images, texts = (sum(tokens) / point.batch for tokens in (point.image_tokens, point.text_tokens))
+    console.print(f"\nBatch {point.batch}, {images:g} image and {texts:g} text tokens, {point.new_tokens} new tokens")
     columns = ("method", "vision\n+ prefill", "times\nas fast", "FLOPs", "next", "end\nto end", "memory")
     table = plain_table(*columns)
     for column in table.columns:
         column.justify, column.no_wrap = "left" if column.header == "method" else "right", True
-    for name, latency in comparison.methods.items():
+    for name, latency in point.methods.items():
         table.add_row(
             name,
             f"{seconds(latency.seconds['vision'])}\n+ {seconds(latency.seconds['prefill'])}",
@@ -220,7 +209,7 @@ def print_point(request: Request, comparison: Comparison) -> None:
             decimal(latency.peak_bytes) if latency.peak_bytes is not None else "?",
         )
     console.print(table)
-    for name, total in comparison.not_paying.items():
+    for name, total in point.not_paying.items():
         console.print(f"{name}: no sure gain here, {ratio(total)} times as fast end to end.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -29,7 +29,7 @@ from vlmflow.cli.progress import bars, show, stoppable
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
-from vlmflow.records.schema import FlowRecord, to_json
+from vlmflow.records.schema import FlowRecord, SeenImages, from_json, to_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class StudyOptions:
 
 def study_command(experiment: type[Experiment]) -> Callable[..., None]:
     """The command that runs an experiment on a task's samples; the experiment's fields are options of it."""
+    kinds = get_type_hints(experiment)
 
     def command(
         *,
@@ -83,7 +84,9 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
     ) -> None:
         with refusals():
             task, where = study.subject(source)
-            chosen = _experiment_of(experiment, settings)
+            chosen = experiment(
+                **{name: _layers(value) if kinds[name] == Layers else value for name, value in vars(settings).items()}
+            )
             on_ray = launcher.ray_workers()
             check_folder("--out", out_dir)
             from vlmflow.evaluate.launch import launch
@@ -103,7 +106,7 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             )
         if summary is None:
             return  # torchrun's first process has it
-        figures = chosen.figures(summary, out_dir)
+        figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
         typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
@@ -112,27 +115,20 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
         if json_:
             typer.echo(json.dumps(summary))
 
-    command.__annotations__["settings"] = _options_of(experiment)
+    command.__annotations__["settings"] = _options_of(experiment, kinds)
     command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
     return with_groups(command)
 
 
-def _options_of(experiment: type[Experiment]) -> type[Any]:
+def _options_of(experiment: type[Experiment], kinds: Mapping[str, Any]) -> type[Any]:
     """A group of options with an experiment's fields; layers are written as text."""
-    kinds, options = get_type_hints(experiment), []
+    options = []
     for entry in fields(experiment):
         name = entry.metadata.get("option", f"--{entry.name.replace('_', '-')}")
         kind, default = (str, "") if kinds[entry.name] == Layers else (kinds[entry.name], entry.default)
         option = Annotated[kind, typer.Option(name, help=entry.metadata["help"])]
         options.append((entry.name, option, field(default=default)))
     return make_dataclass(f"{experiment.__name__}Options", options, frozen=True)
-
-
-def _experiment_of(experiment: type[Experiment], options: Any) -> Experiment:
-    kinds = get_type_hints(experiment)
-    return experiment(
-        **{name: _layers(value) if kinds[name] == Layers else value for name, value in vars(options).items()}
-    )
 
 
 for _experiment in EXPERIMENTS.values():
@@ -156,30 +152,28 @@ def show_(
         check_folder("--out", out_dir)
         named = _layers(layers)
         from vlmflow.core.images import open_image
-        from vlmflow.models import Question, seen_images
+        from vlmflow.models import Question
 
         question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
         vlm = loading.load(model)
         from vlmflow.figures.maps import flow_maps
         from vlmflow.flow.picture import patches
 
-        found = patches(vlm, question, named)
-        flows = {"into the instruction": found.into_instruction, "into each other": found.into_image}
+        drawn = patches(vlm, question, named)
         record = FlowRecord(
             model=model,
             prompt=prompt,
             images=[str(path) for path in image],
-            token=found.token,
-            layers=list(found.layers),
-            importance={label: importance.double().sum(1).tolist() for label, importance in flows.items()},
+            token=drawn.token,
+            layers=list(drawn.layers),
+            importance={label: importance.double().sum(1).tolist() for label, importance in drawn.flows.items()},
             versions=versions(),
-            seen=found.seen,
-            maps={label: importance.tolist() for label, importance in flows.items()},
+            seen=SeenImages([picture.size for picture in question.images], drawn.positions, drawn.grids),
+            maps={label: importance.tolist() for label, importance in drawn.flows.items()},
         )
-        pictures = seen_images(dict(found.inputs), question.images)
-        title = f"{prompt} → {found.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
-        arrays = {label: importance.cpu().numpy() for label, importance in flows.items()}
-        flow_maps(out_dir / "flow", pictures, found.grids, found.layers, arrays, title)
+        title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
+        arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
+        flow_maps(out_dir / "flow", drawn.images, drawn.grids, drawn.layers, arrays, title)
         write_json(out_dir / "flow.json", to_json(record))
     typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
     if json_:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlmflow.core.statistics import Interval
-from vlmflow.figures.style import COLOURS, MARKERS, look, save_both
+from vlmflow.figures.style import COLOURS, MARKERS, save_both
 
-
-@dataclass(frozen=True)
-class Curve:
-    """Values with their intervals, one at each place; nan where there is none."""
-
-    value: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-
-    @classmethod
-    def of(cls, recorded: Sequence[Mapping[str, Any]]) -> Curve:
-        """The curve through intervals as summaries hold them."""
-        intervals = [Interval.from_dict(record) for record in recorded]
-        return cls(*zip(*((each.value, each.low, each.high) for each in intervals), strict=True))
+Curve = Sequence[Interval]  # a value with its interval at each place; nan where there is none
 
 
 def by_layer(stem: Path, layers: Sequence[int], curves: Mapping[str, Curve], ylabel: str, title: str) -> None:
@@ -35,12 +20,11 @@ def by_layer(stem: Path, layers: Sequence[int], curves: Mapping[str, Curve], yla
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axis = figure.subplots()
     for number, (name, curve) in enumerate(curves.items()):
-        value, low, high = (
-            np.where((numbers := np.array(row, float)) > 0, numbers, np.nan)
-            for row in (curve.value, curve.low, curve.high)
-        )
+        numbers = _numbers(curve)
+        value, low, high = np.where(numbers > 0, numbers, np.nan)
         axis.fill_between(layers, low, high, color=COLOURS[number], alpha=0.2, linewidth=0)
-        axis.plot(layers, value, label=name, gid=name, **look(number))
+        (line,) = axis.plot(layers, value, label=name, gid=name, markersize=5, linewidth=1.4)
+        line.set(color=COLOURS[number], marker=MARKERS[number], linestyle=("-", "--", ":")[number])
     axis.set_yscale("log")
     _by_number(axis, layers)
     axis.set(xlabel="layer", ylabel=ylabel)
@@ -82,7 +66,7 @@ def log_ratios(stem: Path, places: Sequence[str], lost: Mapping[str, Curve], rat
         _points(upper, x + 0.08 * (2 * number - len(lost) + 1), curve, number, name, name)
     upper.set_ylabel("E: score consistency lost")
     figure.legend(loc="outside lower center", ncols=len(lost), fontsize=9)
-    bounds = np.array([ratio.value, ratio.low, ratio.high], float)
+    bounds = _numbers(ratio)
     finite = np.abs(bounds[np.isfinite(bounds)])
     edge = 1.15 * max(finite.max(initial=0.0), 0.5)
     lower.axhline(0, color="0.5", linewidth=1)
@@ -125,9 +109,14 @@ def lengths(stem: Path, segments: Mapping[str, Sequence[int]], title: str) -> No
     save_both(figure, stem)
 
 
+def _numbers(curve: Curve) -> np.ndarray:
+    """Values, lower and upper bounds, in three rows."""
+    return np.array([(interval.value, interval.low, interval.high) for interval in curve]).T
+
+
 def _points(axis: Axes, x: np.ndarray, curve: Curve, number: int, label: str, gid: str) -> None:
     """Points with intervals."""
-    value, low, high = (np.array(row, float) for row in (curve.value, curve.low, curve.high))
+    value, low, high = _numbers(curve)
     axis.vlines(x, low, high, color=COLOURS[number], linewidth=1.5)
     axis.plot(x, value, MARKERS[number], color=COLOURS[number], markersize=6, label=label, gid=gid)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from vlmflow.core.statistics import Interval
 from vlmflow.figures.style import COLOURS, MARKERS, save
 
 
@@ -57,13 +58,11 @@ def pareto(
 
 @dataclass(frozen=True)
 class Promise:
-    """What theory promised a method, and what was measured with its interval; how many times as fast, or as small."""
+    """What theory promised a method, and what was measured: how many times as fast, or as small."""
 
     method: str
     promised: float
-    value: float
-    low: float
-    high: float
+    measured: Interval
 
 
 def promises(path: Path, panels: Mapping[str, Sequence[Promise]], title: str) -> None:
@@ -72,13 +71,13 @@ def promises(path: Path, panels: Mapping[str, Sequence[Promise]], title: str) ->
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys(promise.method for panel in panels.values() for promise in panel))
     for axis, (label, panel) in zip(axes, panels.items(), strict=True):
-        ends = [x for promise in panel for x in (promise.promised, promise.low, promise.high)]
+        ends = [x for promise in panel for x in (promise.promised, promise.measured.low, promise.measured.high)]
         low, high = min([1.0, *ends]) * 0.95, max([1.0, *ends]) * 1.05
         axis.plot([low, high], [low, high], color="0.5", linewidth=1, linestyle=":", zorder=1)
         for promise in panel:
-            number = names.index(promise.method)
-            axis.vlines(promise.promised, promise.low, promise.high, color=COLOURS[number], linewidth=1.2, alpha=0.6)
-            axis.plot(promise.promised, promise.value, MARKERS[number], color=COLOURS[number], markersize=6)
+            number, x, measured = names.index(promise.method), promise.promised, promise.measured
+            axis.vlines(x, measured.low, measured.high, color=COLOURS[number], linewidth=1.2, alpha=0.6)
+            axis.plot(x, measured.value, MARKERS[number], color=COLOURS[number], markersize=6)
         axis.set(xlabel=f"{label}: promised", ylabel="measured", xlim=(low, high), ylim=(low, high))
         axis.grid(alpha=0.25)
     looks = [Line2D([], [], color=COLOURS[n], marker=MARKERS[n], linestyle="", label=m) for n, m in enumerate(names)]
@@ -87,6 +86,6 @@ def promises(path: Path, panels: Mapping[str, Sequence[Promise]], title: str) ->
     save(figure, path)
 
 
-def _beats(one: Point, other: Point) -> bool:
-    at_least = one.cost <= other.cost and one.value >= other.value
-    return at_least and (one.cost < other.cost or one.value > other.value)
+def _beats(point: Point, other: Point) -> bool:
+    at_least = point.cost <= other.cost and point.value >= other.value
+    return at_least and (point.cost < other.cost or point.value > other.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -12,18 +11,6 @@ from vlmflow.records.files import replacing
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito, told apart by all
 MARKERS = "osD^vP"
-_DASHES = ("-", "--", ":", "-.")
-
-
-def look(number: int) -> dict[str, Any]:
-    """One of the looks that are told apart by colour, mark and dashes alike."""
-    return {
-        "color": COLOURS[number],
-        "marker": MARKERS[number],
-        "linestyle": _DASHES[number % len(_DASHES)],
-        "markersize": 5,
-        "linewidth": 1.4,
-    }
 
 
 def save_both(figure: Figure, stem: Path) -> None:

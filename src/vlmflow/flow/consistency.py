@@ -18,7 +18,7 @@ def label_consistency(before: Sequence[object], after: Sequence[object]) -> np.n
     Raises:
         ValueError: not one label before for each one after.
     """
-    return np.array([float(one == other) for one, other in zip(before, after, strict=True)])
+    return np.array([float(old == new) for old, new in zip(before, after, strict=True)])
 
 
 def score_consistency(

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio
-from vlmflow.flow.hypotheses import Claim, judged
 from vlmflow.flow.layers import Layers, halves, in_words, named_layers
-from vlmflow.flow.rows import StudyRow
-from vlmflow.flow.verdict import figure_title, in_text, judgements, opening
+from vlmflow.flow.verdict import claim, figure_title, judged, judgements
+from vlmflow.records.schema import Claim, Estimate, StudyRow, StudySummary
 from vlmflow.records.table import Table
 
 if TYPE_CHECKING:
@@ -23,6 +22,22 @@ if TYPE_CHECKING:
 
 MEASURES = ("s_sys", "s_img", "s_ins", "s_vv", "s_vt")
 _IMG, _INS, _VV, _VT, _ALL_IMG, _ALL_INS = 1, 2, 3, 4, 5, 6  # of MEASURES, then two sums over tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaliencySummary(StudySummary):
+    """What ``vlmflow flow saliency`` sums up, by layer as the settings' ``examined`` names them.
+
+    ``leaders`` says which flow leads in a layer, by the sign of ``log_vt_vv``; ``takes_over`` is the layer from which
+    intra-visual flow does for good. ``image_to_instruction`` has S_img / S_ins over these layers, ``per_token`` and of
+    all tokens ``together``.
+    """
+
+    measures: dict[str, list[Estimate]]
+    log_vt_vv: list[Estimate]
+    leaders: dict[int, str]
+    takes_over: int | None
+    image_to_instruction: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,7 @@ class ByLayer:
 
     layers: Layers = field(default=(), metadata={"help": "Layers, as 0-4,8; default: all."})
     name: ClassVar[str] = "saliency"
+    summary_type: ClassVar[type[StudySummary]] = SaliencySummary
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The layers, and which quantity it is."""
@@ -43,11 +59,11 @@ class ByLayer:
         """The measures of one sample, by layer; null for a segment without tokens."""
         from vlmflow.flow.saliency import saliency
 
-        found = saliency(vlm.model, prediction.inputs, prediction.target)
+        result = saliency(vlm.model, prediction.inputs, prediction.target)
         layers = list(named_layers(self.layers, vlm.n_layers))
-        by_layer = {name: getattr(found, name)[layers, 0].tolist() for name in MEASURES}
+        by_layer = {name: getattr(result, name)[layers, 0].tolist() for name in MEASURES}
         return {
-            "loss": float(found.loss[0]),
+            "loss": float(result.loss[0]),
             **{name: [None if math.isnan(v) else v for v in values] for name, values in by_layer.items()},
         }
 
@@ -77,61 +93,55 @@ class ByLayer:
                     _vt_over_vv(m, shallow) - _vt_over_vv(m, deep)
                 ),
             }
-            weighed = [Claim(text, means.interval(statistic)) for text, statistic in claims.items()]
+            weighed = [claim(text, means.interval(statistic)) for text, statistic in claims.items()]
             hypotheses = {"H1": weighed[:2], "H2": weighed[2:]}
         return {
             "measures": {
-                name: [means.interval(lambda m, n=n, i=i: m[..., n, i]).to_dict() for i in range(len(layers))]
+                name: [means.interval(lambda m, n=n, i=i: m[..., n, i]) for i in range(len(layers))]
                 for n, name in enumerate(MEASURES)
             },
-            "log_vt_vv": [ratio.to_dict() for ratio in ratios],
-            "leaders": {str(layer): leader for layer, leader in leaders.items()},
+            "log_vt_vv": ratios,
+            "leaders": leaders,
             "takes_over": takes_over(leaders),
             "image_to_instruction": {
-                name: means.interval(lambda m, a=a, b=b: m[..., a, :].sum(-1) / m[..., b, :].sum(-1)).to_dict()
+                name: means.interval(lambda m, a=a, b=b: m[..., a, :].sum(-1) / m[..., b, :].sum(-1))
                 for name, a, b in (("per_token", _IMG, _INS), ("together", _ALL_IMG, _ALL_INS))
             },
-            "hypotheses": judged(hypotheses),
+            "hypotheses": {name: judged(claims) for name, claims in hypotheses.items()},
         }
 
-    def verdict(self, summary: Mapping[str, Any]) -> str:
+    def verdict(self, summary: SaliencySummary) -> list[str]:
         """Which flow leads where, what images contribute, and whether the hypotheses hold."""
-        layers, leaders = summary["settings"]["examined"], summary["leaders"]
         leads = []
         for flow in ("visual-textual", "intra-visual", "neither"):
-            where = [int(layer) for layer, leader in leaders.items() if leader == flow]
+            where = [layer for layer, leader in summary.leaders.items() if leader == flow]
             leads.append(f"- {flow}: {in_words(where) if where else 'none'}")
-        over = summary["takes_over"]
         shift = (
-            f"Intra-visual flow takes over for good in layer {over}."
-            if over is not None
+            f"Intra-visual flow takes over for good in layer {summary.takes_over}."
+            if summary.takes_over is not None
             else "Nowhere does intra-visual flow take over for good from visual-textual flow."
         )
-        share = summary["image_to_instruction"]
-        columns = [*(summary["measures"][name] for name in MEASURES), summary["log_vt_vv"]]
-        rows = [[str(layer), *map(in_text, numbers)] for layer, *numbers in zip(layers, *columns, strict=True)]
-        return (
-            "\n\n".join(
-                [
-                    *opening(summary),
-                    "## Which flow leads\n\nWhere the interval of log(S_vt / S_vv) leaves 0; the last layer is left "
-                    "out, as nothing reads its image tokens:\n\n" + "\n".join(leads) + f"\n\n{shift}",
-                    "## What images contribute\n\n"
-                    f"An image token's importance is {in_text(share['per_token'], '.2%')} of an instruction token's "
-                    f"(S_img / S_ins over these layers); that of all image tokens together is "
-                    f"{in_text(share['together'], '.1%')} of the instruction's.",
-                    *judgements(summary),
-                    "## By layer\n\n" + Table(["layer", *MEASURES, "log(S_vt / S_vv)"], rows).markdown().rstrip(),
-                ]
-            )
-            + "\n"
-        )
+        per_token, together = (summary.image_to_instruction[name] for name in ("per_token", "together"))
+        columns = [*(summary.measures[name] for name in MEASURES), summary.log_vt_vv]
+        rows = [
+            [layer, *(interval.text() for interval in intervals)]
+            for layer, *intervals in zip(summary.settings["examined"], *columns, strict=True)
+        ]
+        return [
+            "## Which flow leads\n\nWhere the interval of log(S_vt / S_vv) leaves 0; the last layer is left "
+            "out, as nothing reads its image tokens:\n\n" + "\n".join(leads) + f"\n\n{shift}",
+            f"## What images contribute\n\nAn image token's importance is {per_token.text('.2%')} of an instruction "
+            "token's (S_img / S_ins over these layers); that of all image tokens together is "
+            f"{together.text('.1%')} of the instruction's.",
+            *judgements(summary),
+            "## By layer\n\n" + Table(["layer", *MEASURES, "log(S_vt / S_vv)"], rows).markdown().rstrip(),
+        ]
 
-    def figures(self, summary: Mapping[str, Any], out: Path) -> list[str]:
+    def figures(self, summary: SaliencySummary, out: Path) -> list[str]:
         """Draw Figures 2, 3 and 9."""
-        from vlmflow.figures.analysis import Curve, by_layer, lengths
+        from vlmflow.figures.analysis import by_layer, lengths
 
-        layers, measures, title = summary["settings"]["examined"], summary["measures"], figure_title(summary)
+        layers, title = summary.settings["examined"], figure_title(summary)
         contributions = {
             "system tokens (S_sys)": "s_sys",
             "image tokens (S_img)": "s_img",
@@ -139,9 +149,9 @@ class ByLayer:
         }
         flows = {"visual-textual (S_vt)": "s_vt", "intra-visual (S_vv)": "s_vv"}
         for stem, names in {"contributions": contributions, "flows": flows}.items():
-            curves = {label: Curve.of(measures[name]) for label, name in names.items()}
+            curves = {label: summary.measures[name] for label, name in names.items()}
             by_layer(out / stem, layers, curves, "importance (mean over samples)", f"{title}, 95 % intervals")
-        lengths(out / "lengths", summary["lengths"], title)
+        lengths(out / "lengths", summary.lengths, title)
         return ["contributions", "flows", "lengths"]
 
 

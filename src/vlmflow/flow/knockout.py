@@ -177,43 +177,16 @@ def _flags(
     return torch.stack([torch.isin(row, row.new_tensor(named)) for row, named in zip(position, part, strict=True)])
 
 
-@dataclass(frozen=True)
-class _Path:
-    """What a knock-out blocks in one call."""
-
-    how: How
-    source: Bool[Tensor, "batch key"]
-    target: Bool[Tensor, "batch query"]
-    heads: Bool[Tensor, " heads"] | None
-    query_position: Int[Tensor, "batch query"]
-    key_position: Int[Tensor, "batch key"] | None  # None: the diagonal is blocked as well
-
-    @classmethod
-    def of(cls, knockout: Knockout, call: TappedCall, n_key: int, device: torch.device) -> _Path:
-        query_position, key_position = call.query_position.to(device), call.key_position[:, :n_key].to(device)
-        heads, n_heads = None, call.kernel.query.shape[1]
-        if knockout.heads is not None:
-            if max(knockout.heads) >= n_heads:
-                raise ValueError(
-                    f"Knockout: heads names {max(knockout.heads)}, but layer {call.layer} has heads 0 to {n_heads - 1}"
-                )
-            heads = torch.zeros(n_heads, dtype=torch.bool, device=device)
-            heads[list(knockout.heads)] = True
-        return cls(
-            knockout.how,
-            _flags("source", knockout.source, call.layout, key_position),
-            _flags("target", knockout.target, call.layout, query_position),
-            heads,
-            query_position,
-            key_position if knockout.keep_diagonal else None,
+def _heads(knockout: Knockout, call: TappedCall) -> Bool[Tensor, " heads"]:
+    """The query heads in which a knock-out blocks; one flag for all of them if it names none."""
+    n_heads = call.kernel.query.shape[1]
+    if knockout.heads is None:
+        return torch.ones(1, dtype=torch.bool)
+    if max(knockout.heads) >= n_heads:
+        raise ValueError(
+            f"Knockout: heads names {max(knockout.heads)}, but layer {call.layer} has heads 0 to {n_heads - 1}"
         )
-
-    def pairs(self, rows: Int[Tensor, "batch row"]) -> Bool[Tensor, "batch _ row key"]:
-        """The blocked (query, key) pairs of some rows, by head if not the same for all."""
-        blocked = torch.gather(self.target, 1, rows)[:, :, None] & self.source[:, None, :]
-        if self.key_position is not None:
-            blocked = blocked & (torch.gather(self.query_position, 1, rows)[:, :, None] != self.key_position[:, None])
-        return blocked[:, None] if self.heads is None else blocked[:, None] & self.heads[:, None, None]
+    return torch.isin(torch.arange(n_heads), torch.tensor(knockout.heads))
 
 
 def _without(call: TappedCall, knockouts: list[Knockout], out: Tensor, weights: Any) -> tuple[Tensor, Any]:
@@ -221,51 +194,44 @@ def _without(call: TappedCall, knockouts: list[Knockout], out: Tensor, weights: 
     kernel, device = call.kernel, out.device
     batch, n_heads, _, _ = kernel.query.shape
     n_key = int((call.key_position != UNUSED).any(0).nonzero().max()) + 1  # a static cache ends in empty slots
-    paths = [_Path.of(knockout, call, n_key, device) for knockout in knockouts]
-    aimed = torch.stack([path.target for path in paths]).any(0)
+    query_position, key_position = call.query_position.to(device), call.key_position[:, :n_key].to(device)
+    sources = [_flags("source", knockout.source, call.layout, key_position) for knockout in knockouts]
+    targets = [_flags("target", knockout.target, call.layout, query_position) for knockout in knockouts]
+    heads = [_heads(knockout, call).to(device)[:, None, None] for knockout in knockouts]
+    aimed = torch.stack(targets).any(0)
     count = int(aimed.sum(1).max())
+    if not count:
+        return out, weights
     rows = right_align(aimed, count)
     row_valid = torch.gather(aimed, 1, rows)
+    key, value, scoring = kernel.key[:, :, :n_key], kernel.value[:, :, :n_key], kernel.scoring
     new_out, new_weights = [], []
     step = max(1, _ROW_BUDGET // (batch * n_heads * n_key))
     for some in torch.arange(count, device=device).split(step):
         row, valid = rows[:, some], row_valid[:, some]
-        queries = QueryRows.take(kernel.query, kernel.key[:, :, :n_key], kernel.mask, row, valid, kernel.scoring)
-        visible = _visible(queries.mask)
+        queries = QueryRows.take(kernel.query, key, kernel.mask, row, valid, scoring)
+        is_boolean = queries.mask.dtype == torch.bool
+        visible = queries.mask if is_boolean else queries.mask > torch.finfo(queries.mask.dtype).min / 2
         blocked = {how: torch.zeros_like(visible) for how in ("mask", "zero")}
-        for path in paths:
-            blocked[path.how] = blocked[path.how] | path.pairs(row)
-        if queries.mask.dtype == torch.bool:
-            mask = visible & ~blocked["mask"]
-        else:
-            mask = queries.mask.masked_fill(~visible | blocked["mask"], -torch.inf)
+        for knockout, source, target, in_heads in zip(knockouts, sources, targets, heads, strict=True):
+            pairs = torch.gather(target, 1, row)[:, :, None] & source[:, None]
+            if knockout.keep_diagonal:
+                pairs = pairs & (torch.gather(query_position, 1, row)[:, :, None] != key_position[:, None])
+            blocked[knockout.how] = blocked[knockout.how] | pairs[:, None] & in_heads
+        mask = queries.mask.masked_fill(~visible | blocked["mask"], False if is_boolean else -torch.inf)
         attention = replace(queries, mask=mask).weights().masked_fill(blocked["zero"], 0.0)
         touched = ((blocked["mask"] | blocked["zero"]) & visible).any(-1) & valid[:, None]  # (batch, heads or 1, row)
         touched = touched.transpose(1, 2)[..., None]
         there = row[:, :, None, None]
-        mixed = _mix(attention, kernel.value[:, :, :n_key]).transpose(1, 2)
+        grouped = attention.to(value.dtype).reshape(batch, value.shape[1], -1, n_key)
+        mixed = (grouped @ value).reshape(batch, n_heads, len(some), -1).transpose(1, 2)
         new_out.append(torch.where(touched, mixed, torch.take_along_dim(out, there, dim=1)))
         if weights is not None:
             old = torch.take_along_dim(weights, there.transpose(1, 2), dim=2)
             old[..., :n_key] = torch.where(touched.transpose(1, 2), attention.to(old.dtype), old[..., :n_key])
             new_weights.append(old)
-    if not count:
-        return out, weights
     out = out.scatter(1, rows[:, :, None, None].expand(-1, -1, *out.shape[2:]), torch.cat(new_out, 1))
     if weights is not None:
         index = rows[:, None, :, None].expand(-1, n_heads, -1, weights.shape[3])
         weights = weights.scatter(2, index, torch.cat(new_weights, 2))
     return out, weights
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """Which pairs a mask, boolean or additive, lets through."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _mix(attention: Tensor, value: Tensor) -> Tensor:
-    """Attention (batch, heads, row, key) times values (batch, kv_heads, key, channel)."""
-    batch, heads, n_row, n_key = attention.shape
-    kv_heads, channel = value.shape[1], value.shape[3]
-    grouped = attention.to(value.dtype).reshape(batch, kv_heads, heads // kv_heads * n_row, n_key)
-    return (grouped @ value).reshape(batch, heads, n_row, channel)

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from vlmflow.flow.layers import Layers, named_layers
 from vlmflow.flow.prediction import predict
 from vlmflow.flow.saliency import saliency
-from vlmflow.models import VLM, Question, patch_grids
-from vlmflow.records.schema import Grid, SeenImages
+from vlmflow.models import VLM, Question, patch_grids, seen_images
+from vlmflow.records.schema import Grid
 
 
 @dataclass(frozen=True)
 class Patches:
-    """Importance of each image token's flow into the instruction and into the image tokens, in ``layers``.
+    """Importance of each image token's flow in ``layers``, by where it goes.
 
-    ``token`` is what the model would say next, the target of the saliency; ``inputs`` the encoded prompt, ``grids`` the
-    rows and columns of each image's tokens, ``seen`` the same for records.
+    ``token`` is what the model would say next, the target of the saliency; ``images`` are those that the model sees,
+    ``grids`` the rows and columns of each one's tokens, ``positions`` these tokens' places in the prompt.
     """
 
     token: str
-    inputs: Mapping[str, Any]
     layers: Layers
+    images: list[Image.Image]
     grids: list[Grid]
-    seen: SeenImages
-    into_instruction: Float[Tensor, "layer image"]
-    into_image: Float[Tensor, "layer image"]
+    positions: list[int]
+    flows: dict[str, Float[Tensor, "layer image"]]
 
 
 def patches(vlm: VLM, question: Question, layers: Layers = ()) -> Patches:
@@ -41,12 +39,14 @@ def patches(vlm: VLM, question: Question, layers: Layers = ()) -> Patches:
     """
     layers = named_layers(layers, vlm.n_layers)
     prediction = predict(vlm, question, answer=None)
-    (positions,) = prediction.layout.positions("image")
-    grids = patch_grids(dict(prediction.inputs), vlm.model.config, len(positions), len(question.images))
+    inputs, (positions,) = dict(prediction.inputs), prediction.layout.positions("image")
+    grids = patch_grids(inputs, vlm.model.config, len(positions), len(question.images))
     if grids is None:
         raise ValueError("no picture: this model's image tokens do not form one grid an image")
-    found = saliency(vlm.model, prediction.inputs, prediction.target)
-    flows = (found.patches(0, into)[list(layers)] for into in ("instruction", "image"))
-    seen = SeenImages([image.size for image in question.images], positions.tolist(), grids)
+    result = saliency(vlm.model, inputs, prediction.target)
+    flows = {
+        label: result.patches(0, into)[list(layers)]
+        for label, into in (("into the instruction", "instruction"), ("into each other", "image"))
+    }
     token = vlm.processor.tokenizer.decode([prediction.target])
-    return Patches(token, prediction.inputs, layers, grids, seen, *flows)
+    return Patches(token, layers, seen_images(inputs, question.images), grids, positions.tolist(), flows)

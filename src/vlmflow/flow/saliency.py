@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,9 +18,9 @@ from vlmflow.core.attention import QueryRows
 from vlmflow.core.layout import SEGMENTS, Layout
 from vlmflow.engine import TappedCall, attach
 from vlmflow.engine.target import Target
-from vlmflow.flow.target_tokens import Answer, answers_of, extend
 
 Form = Literal["paper", "released"]
+Answer = int | Sequence[int | Sequence[int]] | Int[Tensor, " batch"]
 
 # Attention weights of one tile in the backward pass: 4 MB in float32 on the CPU, 64 MB elsewhere, a few times over.
 _TILE_BUDGET = {"cpu": 1 << 20}
@@ -52,7 +52,8 @@ class Saliency:
     @cached_property
     def blocks(self) -> Float[Tensor, "layer batch target source"]:
         """Sums of I over queries of one segment (target) and keys of another (source), in float64."""
-        return torch.einsum("lbtj,bsj->lbts", self.flow.double(), self._members.to(self.flow.device))
+        members = _members(self.layout).double().to(self.flow.device)
+        return torch.einsum("lbtj,bsj->lbts", self.flow.double(), members)
 
     @property
     def s_sys(self) -> Float[Tensor, "layer batch"]:
@@ -103,10 +104,6 @@ class Saliency:
         image = self.layout.image[sample].to(self.flow.device)
         return self.flow[:, sample, SEGMENTS.index(into)][:, image]
 
-    @cached_property
-    def _members(self) -> Float[Tensor, "batch segment position"]:
-        return _members(self.layout).double()
-
     def _mean(self, segment: int) -> Tensor:
         total = self.blocks[:, :, segment].sum(2) if self.form == "released" else self.blocks[..., segment].sum(2)
         return total / self._count(segment)
@@ -115,8 +112,8 @@ class Saliency:
         total = self.blocks[:, :, segment, _IMAGE]
         return total if self.form == "released" else total / self._count(_IMAGE)
 
-    def _count(self, segment: int) -> Tensor:
-        return self._members[:, segment].sum(1).to(self.flow.device)
+    def _count(self, segment: int) -> Float[Tensor, " batch"]:
+        return _members(self.layout)[:, segment].double().sum(1).to(self.flow.device)
 
 
 def saliency(
@@ -141,8 +138,8 @@ def saliency(
     model's gradients may vanish: ``loss_scale`` multiplies L before the backward pass and divides after.
 
     >>> answer = int(model(**inputs).logits[0, -1].argmax())
-    >>> found = saliency(model, inputs, target=answer)
-    >>> bool(found.s_img[0] > found.s_img[-1])  # image tokens matter in the first layer more than in the last
+    >>> result = saliency(model, inputs, target=answer)
+    >>> bool(result.s_img[0] > result.s_img[-1])  # image tokens matter in the first layer more than in the last
     True
 
     How: A only feeds O = A V, so dL/dA = dL/dO V^T. The model's own kernel runs; a hook on its output gets dL/dO in
@@ -159,78 +156,144 @@ def saliency(
             image or without instruction; padding on the right; an unknown form, ``over`` or layer; a model in
             training mode, or one that already has a session.
     """
-    found = Target.find(model)
-    n_layers = len(found.layers)
-    _check(form, over, record, n_layers, model)
-    vocabulary = found.core.config.get_text_config(decoder=True).vocab_size
-    answers = answers_of(target, inputs, vocabulary, first_only=over == "first")
-    inputs = extend(inputs, answers, found.family.answer_type)
-    collector = Collector(tuple(range(n_layers)), form, frozenset(record), loss_scale)
+    if form not in ("paper", "released"):
+        raise ValueError(f"saliency: form must be 'paper' or 'released', got {form!r}")
+    if over not in ("first", "mean"):
+        raise ValueError(f"saliency: over must be 'first' or 'mean', got {over!r}")
+    if model.training:
+        raise ValueError("saliency: the model is in training mode, where dropout would blur it; call model.eval()")
+    served = Target.find(model)
+    n_layers = len(served.layers)
+    for layer in record:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"saliency: record names layer {layer}, but this model has layers 0 to {n_layers - 1}")
+    answers = answers_of(target, inputs, served.core.config.get_text_config(decoder=True).vocab_size)
+    if over == "first":
+        answers = [answer[:1] for answer in answers]
+    inputs, keep = extend(inputs, answers, served.family.answer_type), max(map(len, answers))
+    collector, leaves = Collector(range(n_layers), form, record, loss_scale), list[Tensor]()
+
+    def as_leaf(_module: nn.Module, _args: object, embeddings: Tensor) -> Tensor:
+        leaves.append(embeddings.detach().requires_grad_())
+        return leaves[-1].clone()  # into which image features are written; they go along
+
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_frozen(model))
-        leaves = stack.enter_context(_leaf(found.core.get_input_embeddings()))
-        if checkpointing:
-            stack.enter_context(_checkpointed(found.layers))
-        stack.enter_context(attach(model, taps=[collector]))
-        keep = max(map(len, answers))
+        for weight in model.parameters():
+            if weight.requires_grad:  # a frozen one needs no activation to be kept
+                stack.callback(weight.requires_grad_(False).requires_grad_)
+        stack.enter_context(served.core.get_input_embeddings().register_forward_hook(as_leaf))
+        for layer in served.layers if checkpointing else ():
+            stack.enter_context(_recomputing(layer))
+        trace = stack.enter_context(attach(model, taps=[collector]))
         logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, -keep:]
-        loss = _loss(logits, answers)
+        layout = trace.layout
+        _check_segments(layout)
+        each = zip(logits, answers, strict=True)
+        losses = [F.cross_entropy(row[: len(ids)].float(), torch.tensor(ids, device=row.device)) for row, ids in each]
+        loss = torch.stack(losses)
         (loss_scale * loss.sum()).backward(inputs=leaves)
-    assert collector.layout is not None
     flow = torch.stack([collector.flow[layer] for layer in range(n_layers)])
-    return Saliency(form, collector.layout, loss.detach(), flow, collector.maps)
+    return Saliency(form, layout, loss.detach(), flow, collector.maps)
+
+
+def answers_of(target: Answer, inputs: Mapping[str, Any], vocabulary: int) -> list[tuple[int, ...]]:
+    """One sequence of token ids for each sample.
+
+    Raises:
+        ValueError: text, not one answer for each sample, one without a token, or an id outside the vocabulary.
+    """
+    if inputs.get("input_ids") is None:
+        raise ValueError("inputs hold no input_ids, by which image tokens are known; pass them")
+    batch = len(inputs["input_ids"])
+    if isinstance(target, Tensor):
+        target = target.tolist()
+    each = [target] * batch if isinstance(target, int | str) else list(target)
+    if len(each) != batch:
+        raise ValueError(f"target has {len(each)} answers for a batch of {batch}; give one for each sample")
+    answers = [[answer] if isinstance(answer, int | str) else answer for answer in each]
+    for sample, answer in enumerate(answers):
+        if not len(answer):
+            raise ValueError(f"target: the answer of sample {sample} has no token; leave the sample out")
+        for token in answer:
+            if isinstance(token, str):
+                raise ValueError(
+                    f"target must be token ids, got the text {token!r}; take those of likeliest(spellings(tokenizer, "
+                    f"prompt, {token!r}), logits)"
+                )
+            if not 0 <= token < vocabulary:
+                raise ValueError(
+                    f"target: the answer of sample {sample} has token {token}, outside the vocabulary of "
+                    f"{vocabulary}; encode it with the model's own tokenizer"
+                )
+    return [tuple(map(int, answer)) for answer in answers]
+
+
+def extend(inputs: Mapping[str, Any], answers: Sequence[Sequence[int]], answer_type: int) -> dict[str, Any]:
+    """Append all but the last token of each answer to its prompt; shorter answers are filled up with padding.
+
+    ``answer_type`` is what the family's ``token_type_ids`` say of an answer.
+
+    Raises:
+        ValueError: prompts that are padded on the right, or come with position ids of their own where these are short.
+    """
+    ids: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask[..., -1].all()):
+        raise ValueError("inputs are padded on the right; pad on the left, where prompts end together")
+    more = max(map(len, answers)) - 1
+    if not more:
+        return dict(inputs)
+    if inputs.get("position_ids") is not None:
+        raise ValueError(
+            "inputs give positions, of which the answer has none; leave position_ids out, or use over='first'"
+        )
+    filled = [[*answer[:-1], *[answer[0]] * (more + 1 - len(answer))] for answer in answers]
+    real = [[1] * (len(answer) - 1) + [0] * (more + 1 - len(answer)) for answer in answers]
+    extended = dict(inputs)
+    extended["input_ids"] = torch.cat([ids, ids.new_tensor(filled)], 1)
+    mask = torch.ones_like(ids) if mask is None else mask
+    extended["attention_mask"] = torch.cat([mask, mask.new_tensor(real)], 1)
+    if answer_type and inputs.get("token_type_ids") is None:
+        extended["token_type_ids"] = torch.zeros_like(ids)
+    for name, value in extended.items():
+        if name not in ("input_ids", "attention_mask") and isinstance(value, Tensor) and value.shape == ids.shape:
+            extended[name] = F.pad(value, (0, more), value=answer_type if name == "token_type_ids" else 0)
+    return extended
 
 
 class Collector:
     """A tap that lets every layer's kernel run, and sums up saliency when the gradient of its output comes back."""
 
-    def __init__(self, layers: tuple[int, ...], form: Form, record: frozenset[int], loss_scale: float):
+    def __init__(self, layers: range, form: Form, record: Collection[int], loss_scale: float):
         self.layers = layers
         self.form: Form = form
         self.record = record
         self.loss_scale = loss_scale
-        self.layout: Layout | None = None
         self.flow: dict[int, Tensor] = {}
         self.maps: dict[int, Tensor] = {}
-        self._members: Tensor | None = None
 
     def __call__(self, call: TappedCall) -> tuple[Tensor, Any]:
         """Run the kernel, and wait for the gradient."""
-        if self.layout is None:
-            self.layout = call.layout
-            self._check_segments(call.layout)
-            self._members = _members(call.layout)
         out, weights = call.kernel.run()
         out.register_hook(partial(self._backward, [call]))
         return out, weights
 
-    def _check_segments(self, layout: Layout) -> None:
-        for segment, remedy in (
-            ("image", "saliency follows visual information; leave text-only samples out"),
-            ("instruction", "put the question behind the image"),
-        ):
-            flags: Tensor = getattr(layout, segment)
-            if not (there := flags.any(1)).all():
-                raise ValueError(f"saliency: sample {int((~there).nonzero()[0])} has no {segment} token; {remedy}")
-
     @torch.no_grad()
     def _backward(self, waiting: list[TappedCall], gradient: Float[Tensor, "batch query heads channel"]) -> None:
-        assert self._members is not None
         call = waiting.pop()  # so that its q, k and v go with the layer's other activations
-        members = self._members.to(gradient.device)
+        members = _members(call.layout).to(gradient.device)
         flow = torch.zeros_like(members)
         batch, _, n_position = members.shape
-        whole = None
         if call.layer in self.record:
-            whole = self.maps[call.layer] = torch.zeros(batch, n_position, n_position)
+            self.maps[call.layer] = torch.zeros(batch, n_position, n_position)
         for first, importance in tiles(call, gradient, self.form):
             last, n_key = first + importance.shape[1], importance.shape[2]
             importance /= self.loss_scale
             flow[:, :, :n_key] += members[:, :, first:last] @ importance
-            if whole is not None:
-                whole[:, first:last, :n_key] = importance.cpu()
+            if call.layer in self.record:
+                self.maps[call.layer][:, first:last, :n_key] = importance.cpu()
         self.flow[call.layer] = flow.cpu()
 
 
@@ -238,7 +301,7 @@ def tiles(
     call: TappedCall, gradient: Float[Tensor, "batch query heads channel"], form: Form
 ) -> Iterator[tuple[int, Float[Tensor, "batch row key"]]]:
     """I(i, j) of one layer, some query rows at a time: (first row, importance); keys left out see nothing there."""
-    kernel = call.kernel
+    kernel, scoring = call.kernel, call.kernel.scoring
     query, key, value = kernel.query.detach(), kernel.key.detach(), kernel.value.detach()
     batch, heads, n_query, _ = query.shape
     kv_heads, n_key, channel = value.shape[1:]
@@ -249,30 +312,13 @@ def tiles(
         last = min(n_query, first + step)
         end = last if is_causal else n_key  # what no row of the tile sees, nobody needs
         row = torch.arange(first, last, device=query.device).expand(batch, -1)
-        rows = QueryRows.take(
-            query[:, :, :end],
-            key[:, :, :end],
-            kernel.mask,
-            row,
-            torch.ones_like(row, dtype=torch.bool),
-            kernel.scoring,
-        )
+        valid = torch.ones_like(row, dtype=torch.bool)
+        rows = QueryRows.take(query[:, :, :end], key[:, :, :end], kernel.mask, row, valid, scoring)
         attention = rows.weights()
-        grouped = (
-            gradient[:, :, first:last].float().reshape(batch, kv_heads, heads // kv_heads * (last - first), channel)
-        )
+        grouped = gradient[:, :, first:last].float().reshape(batch, kv_heads, -1, channel)
         slope = (grouped @ value[:, :, :end].float().transpose(2, 3)).reshape(attention.shape)
         product = attention * slope
         yield first, product.sum(1).abs() if form == "paper" else (product * attention).abs().mean(1)
-
-
-def _loss(logits: Float[Tensor, "batch answer vocab"], answers: Sequence[Sequence[int]]) -> Float[Tensor, " batch"]:
-    """Cross-entropy of each sample's answer, mean over its tokens."""
-    losses = []
-    for row, answer in zip(logits, answers, strict=True):
-        ids = torch.tensor(answer, device=logits.device)
-        losses.append(F.cross_entropy(row[: len(answer)].float(), ids))
-    return torch.stack(losses)
 
 
 def _members(layout: Layout) -> Float[Tensor, "batch segment position"]:
@@ -280,65 +326,24 @@ def _members(layout: Layout) -> Float[Tensor, "batch segment position"]:
     return torch.stack([layout.system, layout.image, layout.instruction], 1).float()
 
 
-def _check(form: str, over: str, record: Collection[int], n_layers: int, model: nn.Module) -> None:
-    if form not in ("paper", "released"):
-        raise ValueError(f"saliency: form must be 'paper' or 'released', got {form!r}")
-    if over not in ("first", "mean"):
-        raise ValueError(f"saliency: over must be 'first' or 'mean', got {over!r}")
-    for layer in record:
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"saliency: record names layer {layer}, but this model has layers 0 to {n_layers - 1}")
-    if model.training:
-        raise ValueError("saliency: the model is in training mode, where dropout would blur it; call model.eval()")
+def _check_segments(layout: Layout) -> None:
+    for segment, remedy in (
+        ("image", "saliency follows visual information; leave text-only samples out"),
+        ("instruction", "put the question behind the image"),
+    ):
+        flags: Tensor = getattr(layout, segment)
+        if not (there := flags.any(1)).all():
+            raise ValueError(f"saliency: sample {int((~there).nonzero()[0])} has no {segment} token; {remedy}")
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight gets a gradient, so that no activation is kept for one."""
-    live = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in live:
-        weight.requires_grad_(False)
+def _recomputing(layer: nn.Module) -> Iterator[None]:
+    """Keep only what enters a layer; hooks stay outside and run once, whatever the version of transformers."""
+    before = vars(layer).get("forward")  # some wrappers put their own on the instance
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for weight in live:
-            weight.requires_grad_(True)
-
-
-@contextmanager
-def _leaf(embeddings: nn.Module) -> Iterator[list[Tensor]]:
-    """Make what the text embeddings give a leaf of the graph; image features are put into it, and go along.
-
-    Handed on is a copy of the leaf, into which a model may write.
-    """
-    leaves: list[Tensor] = []
-
-    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_(True))
-        return leaves[-1].clone()
-
-    handle = embeddings.register_forward_hook(hook)
-    try:
-        yield leaves
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _checkpointed(layers: nn.ModuleList) -> Iterator[None]:
-    """Keep only what enters each layer; hooks stay outside and run once, whatever the version of transformers."""
-
-    def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    before = [vars(layer).get("forward") for layer in layers]  # some wrappers put their own on the instance
-    for layer in layers:
-        layer.forward = recomputing(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+        del layer.forward
+        if before is not None:
+            layer.forward = before

@@ -22,10 +22,11 @@ from vlmflow.evaluate.evaluation import settings_of
 from vlmflow.evaluate.model_facts import ModelFacts
 from vlmflow.evaluate.shards import Shard, open_shards
 from vlmflow.flow.prediction import Prediction, predict
-from vlmflow.flow.rows import StudyRow, study_rows_of
+from vlmflow.flow.verdict import in_markdown
 from vlmflow.models import VLM, Question
 from vlmflow.records.files import RecordError, write_text
-from vlmflow.records.folder import Folder
+from vlmflow.records.folder import ROWS, Folder, RowFile
+from vlmflow.records.schema import StudyCounts, StudyRow, StudySummary, to_json
 from vlmflow.tasks import Sample, Source, Task
 
 VERDICT = "verdict.md"
@@ -43,6 +44,7 @@ class Experiment(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     name: ClassVar[str]
+    summary_type: ClassVar[type[StudySummary]]
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """All that its numbers depend on, in JSON's own types.
@@ -57,14 +59,14 @@ class Experiment(Protocol):
         ...
 
     def sum_up(self, rows: Sequence[StudyRow], n_layers: int, seed: int) -> dict[str, Any]:
-        """The kept samples' numbers together, with the ``hypotheses``."""
+        """The kept samples' numbers together: the summary's own fields, with the ``hypotheses``."""
         ...
 
-    def verdict(self, summary: Mapping[str, Any]) -> str:
-        """What they mean, in Markdown."""
+    def verdict(self, summary: Any) -> list[str]:
+        """What they mean, in sections of Markdown."""
         ...
 
-    def figures(self, summary: Mapping[str, Any], out: Path) -> list[str]:
+    def figures(self, summary: Any, out: Path) -> list[str]:
         """Draw what they mean into a folder, as PNG and SVG; the files' names without ending."""
         ...
 
@@ -155,7 +157,7 @@ class Study:
         Raises:
             RecordError: no row is left.
         """
-        rows = list(study_rows_of(folder).read().values())
+        rows = list(RowFile(folder.path / ROWS, StudyRow).read().values())
         kept = [row for row in rows if row.kept]
         dropped = sum(row.dropped for row in rows)
         failed = {row.id: row.failure for row in rows if row.failure is not None}
@@ -167,22 +169,22 @@ class Study:
             )
         images = clusters_of([row.images for row in kept])
         right = Resampled.means(np.array([float(row.right) for row in kept]), images, self.seed)
-        summary = {
-            "settings": settings,
-            "samples": {
-                "asked": len(rows),
-                "dropped": dropped,
-                "failed": len(failed),
-                "kept": len(kept),
-                "images": len({row.images for row in kept}),
-            },
-            "failed": failed,
-            "right": right.interval(lambda mean: mean).to_dict(),
-            "lengths": {segment: [row.lengths[segment] for row in kept] for segment in SEGMENTS},
+        summary = self.experiment.summary_type(
+            settings=dict(settings),
+            samples=StudyCounts(
+                asked=len(rows),
+                dropped=dropped,
+                failed=len(failed),
+                kept=len(kept),
+                images=len({row.images for row in kept}),
+            ),
+            failed=failed,
+            right=right.interval(lambda mean: mean),
+            lengths={segment: [row.lengths[segment] for row in kept] for segment in SEGMENTS},
             **self.experiment.sum_up(kept, facts.layers, self.seed),
-        }
-        write_text(folder.path / VERDICT, self.experiment.verdict(summary))
-        return summary
+        )
+        write_text(folder.path / VERDICT, in_markdown(summary, self.experiment.verdict(summary)))
+        return to_json(summary)
 
 
 def blank(images: Sequence[Image.Image]) -> tuple[Image.Image, ...]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from vlmflow.core.statistics import Resampled, clusters_of, log_ratio
-from vlmflow.flow.hypotheses import Claim, judged
+from vlmflow.core.statistics import Resampled, Statistic, clusters_of, log_ratio
 from vlmflow.flow.layers import Layers, halves, in_words, named_layers
-from vlmflow.flow.rows import StudyRow
-from vlmflow.flow.verdict import figure_title, in_text, judgements, opening
+from vlmflow.flow.verdict import claim, figure_title, judged, judgements
+from vlmflow.records.schema import Claim, Estimate, StudyRow, StudySummary
 from vlmflow.records.table import Table
 
 if TYPE_CHECKING:
@@ -22,15 +20,25 @@ if TYPE_CHECKING:
     from vlmflow.models import VLM
 
 Condition = tuple[str, Layers]  # a path of PATHS, and where it is blocked
-Statistic = Callable[[np.ndarray], np.ndarray]
 
 ENDS = 5  # layers at either end that Figure 4 blocks; half of a model that has fewer than ten
 WIDTHS = (1, 2, 5)
 MEASURES = ("score", "label", "right")
 PATHS = ("visual-textual", "intra-visual", "visual-random")
 _VT, _VV, _RANDOM = PATHS
-_SCORE = MEASURES.index("score")
-_WHOLE = 0  # column of what is not disturbed
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockoutSummary(StudySummary):
+    """What ``vlmflow flow knockout`` sums up, by measure, then by flow.
+
+    ``consistency`` is what is left at the settings' two ``ends``; ``lost`` (E) and ``log_vv_vt`` (D) stand by window,
+    as the settings' ``examined`` has them.
+    """
+
+    consistency: dict[str, dict[str, list[Estimate]]]
+    lost: dict[str, dict[str, list[Estimate]]]
+    log_vv_vt: dict[str, list[Estimate]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class ByWindow:
         default=2, metadata={"help": "How many layers are blocked together: 1, 2 or 5.", "option": "--windows"}
     )
     name: ClassVar[str] = "knockout"
+    summary_type: ClassVar[type[StudySummary]] = KnockoutSummary
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The windows, the ends, and how flow is blocked.
@@ -80,12 +89,12 @@ class ByWindow:
         from vlmflow.flow.knockout import Knockout, random_positions
         from vlmflow.flow.prediction import next_token
 
-        before, drawn = prediction.logits, random_positions(prediction.layout, seed=seed)
-        targets = {_VT: "instruction", _VV: "image", _RANDOM: drawn}
+        before = prediction.logits
+        targets = {_VT: "instruction", _VV: "image", _RANDOM: random_positions(prediction.layout, seed=seed)}
         blocked = {}
         for path, layers in self.conditions(vlm.n_layers):
             with attach(vlm.model, taps=[Knockout("image", targets[path], layers)]):
-                after = next_token(vlm, prediction.inputs)
+                (after,) = next_token(vlm.model, prediction.inputs)
             likeliest = int(after.argmax())
             blocked[_key(path, layers)] = {
                 "score": float(score_consistency(before[None], after[None])[0]),
@@ -96,77 +105,71 @@ class ByWindow:
 
     def sum_up(self, rows: Sequence[StudyRow], n_layers: int, seed: int) -> dict[str, Any]:
         """Means, E and D by each measure, and the paper's hypotheses by score consistency."""
-        conditions, windows, both_ends = self.conditions(n_layers), self.windows(n_layers), ends(n_layers)
-        values = np.stack([_columns(row, conditions) for row in rows])
+        conditions, windows = self.conditions(n_layers), self.windows(n_layers)
+        values = np.stack([_values(row, conditions) for row in rows])
         means = Resampled.means(values, clusters_of([row.images for row in rows]), seed)
-        columns = _Columns(conditions)
+        left = {measure: _Left(n, conditions) for n, measure in enumerate(MEASURES)}
         return {
             "consistency": {
                 measure: {
-                    path: [means.interval(partial(columns.left, n, path, end)).to_dict() for end in both_ends]
-                    for path in (_VT, _RANDOM)
+                    path: [means.interval(of.left(path, end)) for end in ends(n_layers)] for path in (_VT, _RANDOM)
                 }
-                for n, measure in enumerate(MEASURES)
+                for measure, of in left.items()
             },
             "lost": {
-                measure: {
-                    path: [means.interval(partial(columns.lost, n, path, [window])).to_dict() for window in windows]
-                    for path in (_VT, _VV)
-                }
-                for n, measure in enumerate(MEASURES)
+                measure: {path: [means.interval(of.lost(path, [window])) for window in windows] for path in (_VT, _VV)}
+                for measure, of in left.items()
             },
             "log_vv_vt": {
-                measure: [means.interval(partial(columns.ratio, n, [window])).to_dict() for window in windows]
-                for n, measure in enumerate(MEASURES)
+                measure: [means.interval(of.ratio([window])) for window in windows] for measure, of in left.items()
             },
-            "hypotheses": judged(_claims(means, columns, windows, n_layers)),
+            "hypotheses": {
+                name: judged(claims) for name, claims in _claims(means, left["score"], windows, n_layers).items()
+            },
         }
 
-    def verdict(self, summary: Mapping[str, Any]) -> str:
+    def verdict(self, summary: KnockoutSummary) -> list[str]:
         """What blocking costs where, and whether the hypotheses hold."""
-        first, last = (in_words(end) for end in summary["settings"]["ends"])
-        right = in_text(summary["right"])
+        first, last = (in_words(end) for end in summary.settings["ends"])
         left = [
-            [measure, path, *map(in_text, summary["consistency"][measure][path])]
+            [measure, path, *(interval.text() for interval in summary.consistency[measure][path])]
             for measure in MEASURES
             for path in (_VT, _RANDOM)
         ]
-        lost, ratio = summary["lost"], summary["log_vv_vt"]
+        shown = {
+            f"E_{flow} ({measure})": summary.lost[measure][path]
+            for measure in ("score", "label")
+            for flow, path in (("vv", _VV), ("vt", _VT))
+        }
+        shown |= {f"D ({measure})": summary.log_vv_vt[measure] for measure in MEASURES}
         by_window = [
-            [
-                in_words(window).partition(" ")[2],
-                *(in_text(lost[measure][path][i]) for measure in ("score", "label") for path in (_VV, _VT)),
-                *(in_text(ratio[measure][i]) for measure in MEASURES),
-            ]
-            for i, window in enumerate(summary["settings"]["examined"])
+            [in_words(window).partition(" ")[2], *(interval.text() for interval in intervals)]
+            for window, *intervals in zip(summary.settings["examined"], *shown.values(), strict=True)
         ]
-        header = ["layers", *(f"E_{n} ({m})" for m in ("score", "label") for n in ("vv", "vt"))]
-        parts = [
-            *opening(summary),
+        return [
             *judgements(summary),
             "## What is left when a flow is blocked\n\n"
             "score: Jaccard similarity of the five likeliest next tokens; label: the likeliest stays; right: the "
-            f"likeliest begins the right answer, which without a disturbance it does for {right}.\n\n"
+            f"likeliest begins the right answer, which without a disturbance it does for {summary.right.text()}.\n\n"
             + Table(["measure", "flow", first, last], left).markdown().rstrip(),
             "## By window\n\nE is what is lost, D = log(E_vv / E_vt).\n\n"
-            + Table([*header, *(f"D ({measure})" for measure in MEASURES)], by_window).markdown().rstrip(),
+            + Table(["layers", *shown], by_window).markdown().rstrip(),
         ]
-        return "\n\n".join(parts) + "\n"
 
-    def figures(self, summary: Mapping[str, Any], out: Path) -> list[str]:
+    def figures(self, summary: KnockoutSummary, out: Path) -> list[str]:
         """Draw Figures 4 and 5."""
-        from vlmflow.figures.analysis import Curve, consistencies, log_ratios
+        from vlmflow.figures.analysis import consistencies, log_ratios
 
-        settings, kept, title = summary["settings"], summary["consistency"], f"{figure_title(summary)}, 95 % intervals"
+        title, (first, last) = f"{figure_title(summary)}, 95 % intervals", summary.settings["ends"]
         panels = {
-            f"{measure} consistency": {f"{path} flow": Curve.of(left) for path, left in kept[measure].items()}
+            f"{measure} consistency": {f"{path} flow": left for path, left in summary.consistency[measure].items()}
             for measure in ("label", "score")
         }
-        first, last = (len(end) for end in settings["ends"])
-        consistencies(out / "consistency", [f"first {first} layers", f"last {last} layers"], panels, title)
-        lost = {f"{path} flow": Curve.of(by_window) for path, by_window in summary["lost"]["score"].items()}
-        places = ["-".join(map(str, dict.fromkeys((window[0], window[-1])))) for window in settings["examined"]]
-        log_ratios(out / "windows", places, lost, Curve.of(summary["log_vv_vt"]["score"]), title)
+        places = [f"first {len(first)} layers", f"last {len(last)} layers"]
+        consistencies(out / "consistency", places, panels, title)
+        lost = {f"{path} flow": by_window for path, by_window in summary.lost["score"].items()}
+        places = ["-".join(map(str, dict.fromkeys((window[0], window[-1])))) for window in summary.settings["examined"]]
+        log_ratios(out / "windows", places, lost, summary.log_vv_vt["score"], title)
         return ["consistency", "windows"]
 
 
@@ -181,34 +184,36 @@ def _key(path: str, layers: Layers) -> str:
     return f"{path} {','.join(map(str, layers))}"
 
 
-def _columns(row: StudyRow, conditions: Sequence[Condition]) -> np.ndarray:
+def _values(row: StudyRow, conditions: Sequence[Condition]) -> np.ndarray:
     """One sample's (measure, column): undisturbed, then each condition."""
     blocked = [row.found["blocked"][_key(*condition)] for condition in conditions]
     whole = {"score": 1.0, "label": 1.0, "right": float(row.right)}
     return np.array([[whole[measure], *(left[measure] for left in blocked)] for measure in MEASURES])
 
 
-class _Columns:
-    """Statistics of means (..., measure, column), whose columns are ``_columns``."""
+class _Left:
+    """Statistics of one measure's means, given as (..., measure, column) with the columns of ``_values``."""
 
-    def __init__(self, conditions: Sequence[Condition]) -> None:
+    def __init__(self, measure: int, conditions: Sequence[Condition]) -> None:
+        self._measure = measure
         self._column = {condition: 1 + i for i, condition in enumerate(conditions)}
 
-    def left(self, measure: int, path: str, layers: Layers, means: np.ndarray) -> np.ndarray:
+    def left(self, path: str, layers: Layers) -> Statistic:
         """What a knock-out leaves."""
-        return means[..., measure, self._column[path, layers]]
+        return lambda means: means[..., self._measure, self._column[path, layers]]
 
-    def lost(self, measure: int, path: str, windows: Sequence[Layers], means: np.ndarray) -> np.ndarray:
+    def lost(self, path: str, windows: Sequence[Layers]) -> Statistic:
         """E: what it takes away, summed over windows."""
         columns = [self._column[path, window] for window in windows]
-        return (means[..., measure, _WHOLE, None] - means[..., measure, columns]).sum(-1)
+        return lambda means: (means[..., self._measure, 0, None] - means[..., self._measure, columns]).sum(-1)
 
-    def ratio(self, measure: int, windows: Sequence[Layers], means: np.ndarray) -> np.ndarray:
+    def ratio(self, windows: Sequence[Layers]) -> Statistic:
         """D of windows together."""
-        return log_ratio(*(self.lost(measure, path, windows, means) for path in (_VV, _VT)))
+        over, under = self.lost(_VV, windows), self.lost(_VT, windows)
+        return lambda means: log_ratio(over(means), under(means))
 
 
-def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_layers: int) -> dict[str, list[Claim]]:
+def _claims(means: Resampled, score: _Left, windows: Sequence[Layers], n_layers: int) -> dict[str, list[Claim]]:
     """The hypotheses by score consistency, the measure of appendix D.
 
     Nothing reads the image tokens of the last layer: a window of that layer alone says nothing of intra-visual flow.
@@ -218,26 +223,20 @@ def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_la
     shallow, deep = ([windows[i] for i in half] for half in halves(len(windows)))
     deep = [window for window in deep if window != (n_layers - 1,)]
 
-    def left(path: str, layers: Layers) -> Statistic:
-        return partial(columns.left, _SCORE, path, layers)
-
-    def ratio(where: Sequence[Layers]) -> Statistic:
-        return partial(columns.ratio, _SCORE, where)
-
-    def claim(text: str, more: Statistic, less: Statistic) -> Claim:
-        return Claim(text, means.interval(lambda m: more(m) - less(m)))
+    def larger(text: str, more: Statistic, less: Statistic) -> Claim:
+        return claim(text, means.interval(lambda m: more(m) - less(m)))
 
     hypotheses = {
         "H1": [
-            claim(
+            larger(
                 f"blocking visual-textual flow in {in_last} leaves more score consistency than in {in_first}",
-                left(_VT, last),
-                left(_VT, first),
+                score.left(_VT, last),
+                score.left(_VT, first),
             ),
-            claim(
+            larger(
                 f"in {in_first}, blocking flow to random tokens leaves more than blocking visual-textual flow",
-                left(_RANDOM, first),
-                left(_VT, first),
+                score.left(_RANDOM, first),
+                score.left(_VT, first),
             ),
         ],
         "H2": [],
@@ -245,7 +244,7 @@ def _claims(means: Resampled, columns: _Columns, windows: Sequence[Layers], n_la
     if deep:
         upper, lower = (in_words([layer for window in part for layer in window]) for part in (shallow, deep))
         hypotheses["H2"] = [
-            Claim(f"D is above 0 in {lower}", means.interval(ratio(deep))),
-            claim(f"D is larger in {lower} than in {upper}", ratio(deep), ratio(shallow)),
+            claim(f"D is above 0 in {lower}", means.interval(score.ratio(deep))),
+            larger(f"D is larger in {lower} than in {upper}", score.ratio(deep), score.ratio(shallow)),
         ]
     return hypotheses

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmflow.engine import prune
+from vlmflow.flow.prediction import next_token
 from vlmflow.pruners import VTW, Unpruned
 
 
@@ -60,7 +61,7 @@ def withdrawal(
     whole: list[Tensor] = []
     with prune(model, Unpruned()) as trace:
         for number, sample in enumerate(samples):
-            whole.append(_next_token(model, sample))
+            whole.append(next_token(model, sample))
             if not all(trace.image_tokens[0]):
                 raise ValueError(f"withdrawal: sample {number} has no image to withdraw; leave it out")
     candidates = range(1, trace.n_layers) if layers is None else sorted(layers)
@@ -69,20 +70,19 @@ def withdrawal(
     divergence: dict[int, float] = {}
     exact: set[int] = set()
     for layer in candidates:
-        total, is_whole = 0.0, True
+        total = 0.0
         with prune(model, VTW(layer)):
             for sample, before in zip(samples, whole, strict=True):
-                total += float(kl_divergence(_next_token(model, sample), before).sum())
+                total += float(kl_divergence(next_token(model, sample), before).sum())
                 if total > eta * count and not exhaustive:
-                    is_whole = False
                     break
+            else:
+                exact.add(layer)
         divergence[layer] = total / count
-        if is_whole:
-            exact.add(layer)
-            if total <= eta * count and chosen is None:
-                chosen = layer
-                if not exhaustive:
-                    break
+        if total <= eta * count and chosen is None:
+            chosen = layer
+            if not exhaustive:
+                break
     return Withdrawal(chosen, eta, divergence, frozenset(exact))
 
 
@@ -93,7 +93,3 @@ def kl_divergence(
     p, q = withdrawn.double().log_softmax(-1), original.double().log_softmax(-1)
     terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))  # a token ruled out adds nothing
     return terms.sum(-1).clamp(min=0.0)
-
-
-def _next_token(model: nn.Module, sample: Mapping[str, Any]) -> Float[Tensor, "batch vocab"]:
-    return model(**sample, use_cache=False, logits_to_keep=1).logits[:, -1]

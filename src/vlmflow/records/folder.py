@@ -139,7 +139,8 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[OpenFolder]:
                     f"another process is writing to {path}; wait for it, or take another folder"
                 ) from None
         _agree(path, json.loads(json.dumps(settings)))
-        _cut_broken_end(path / ROWS)
+        if (rows := path / ROWS).is_file():  # take away a last line that was not written whole
+            os.truncate(rows, rows.read_bytes().rfind(b"\n") + 1)
         yield OpenFolder(path)
 
 
@@ -181,11 +182,3 @@ def _flat(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
-
-
-def _cut_broken_end(path: Path) -> None:
-    """Take away a last line that was not written whole."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)

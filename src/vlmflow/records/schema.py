@@ -6,12 +6,13 @@ as the first. The JSON Schema of all records stands in ``docs/schema.json`` (``p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError, WithJsonSchema
 
 from vlmflow.core.cost import Cost, Figures
 from vlmflow.core.statistics import Interval
@@ -24,6 +25,14 @@ Versions = dict[str, str]
 PrunerFields = dict[str, Any]  # the method's name and its fields
 Grid = tuple[int, int]  # rows and columns of image tokens
 Size = tuple[int, int]  # width and height in pixels
+Judgement = Literal["holds", "does not hold", "undecided"]
+Number = float | str | None  # null for nan, a text for an infinity: as Interval.to_dict writes them
+Estimate = Annotated[
+    Interval,
+    BeforeValidator(lambda v: {k: math.nan if n is None else n for k, n in v.items()} if isinstance(v, Mapping) else v),
+    PlainSerializer(Interval.to_dict),
+    WithJsonSchema(TypeAdapter(dict[str, Number]).json_schema()),
+]
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,12 @@ class PriceRecord:
 
 @dataclass(frozen=True)
 class LatencyRecord:
-    """One method on one request: median seconds by part of a run, and how many times as fast as unpruned."""
+    """One method on one request, by part of a run: median seconds, and how many times as fast as unpruned.
+
+    ``promised`` is the prefill's speed-up if time were exact FLOPs, None for a model whose widths are not known.
+    ``peak_bytes`` is the most memory held above what was held before, None where the platform does not tell,
+    ``kv_bytes`` what the KV cache holds at the end.
+    """
 
     pruner: PrunerFields
     seconds: dict[str, float]
@@ -155,13 +169,19 @@ class LatencyRecord:
 
 @dataclass(frozen=True)
 class BenchPoint:
-    """Methods on one request: a batch of prompts with each one's image and text tokens, and the tokens to answer."""
+    """Methods on one request, the unpruned run first: a batch of prompts with each one's image and text tokens."""
 
     batch: int
     new_tokens: int
     image_tokens: list[int]
     text_tokens: list[int]
     methods: dict[str, LatencyRecord]
+
+    @property
+    def not_paying(self) -> dict[str, Interval]:
+        """The methods that no run shows to be faster end to end, with the speed-up that was seen."""
+        totals = {name: latency.speedup["total"] for name, latency in self.methods.items() if name != "none"}
+        return {name: ratio for name, ratio in totals.items() if ratio.low <= 1}
 
 
 @dataclass(frozen=True)
@@ -263,7 +283,98 @@ class EvaluationSummary:
     format: int = FORMAT
 
 
-RECORDS = (RunRecord, DemoRecord, FlowRecord, PriceRecord, BenchRecord, SweepRecord, ReportRecord, EvaluationSummary)
+@dataclass(frozen=True)
+class StudyRow:
+    """One sample's line in the ``rows.jsonl`` of a study of the flow.
+
+    ``blank_answer`` is what the model said to a blank picture; where that was right, the sample is ``dropped`` and
+    nothing else is known of it. ``target`` is the answer's first token, ``right`` whether it was the likeliest one
+    with the image, ``lengths`` the tokens of each segment, ``found`` the experiment's numbers. ``failure`` says
+    why there is nothing.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    blank_answer: str = ""
+    dropped: bool = False
+    target: int = -1
+    right: bool = False
+    lengths: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether it counts."""
+        return not self.dropped and self.failure is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row in JSON's own types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> StudyRow:
+        """The row that ``to_dict`` wrote."""
+        return cls(**{**record, "images": tuple(record["images"])})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a number is above 0, the number with its interval, and whether that says so."""
+
+    claim: str
+    judgement: Judgement
+    value: Number
+    low: Number
+    high: Number
+    undefined: Number
+
+    @property
+    def number(self) -> Interval:
+        """The number with its interval."""
+        return Interval.from_dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One of the paper's hypotheses, judged by its claims."""
+
+    judgement: Judgement
+    claims: list[Claim]
+
+
+@dataclass(frozen=True)
+class StudyCounts:
+    """Samples of a study, and the different images of those that were kept."""
+
+    asked: int
+    dropped: int
+    failed: int
+    kept: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """What all studies of the flow sum up alike; each adds fields of its own.
+
+    ``right`` is the share of kept samples whose answer's first token was the likeliest one, ``lengths`` has the tokens
+    of each segment, sample by sample.
+    """
+
+    settings: dict[str, Any]
+    samples: StudyCounts
+    failed: dict[str, str]
+    right: Estimate
+    lengths: dict[str, list[int]]
+    hypotheses: dict[str, Hypothesis]
+    format: int = FORMAT
+
+
+RECORDS = (
+    *(RunRecord, DemoRecord, FlowRecord, PriceRecord, BenchRecord, SweepRecord, ReportRecord),
+    *(EvaluationSummary, StudyRow),
+)
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -296,6 +407,6 @@ def read_record(kind: type[T], path: Path) -> T:
     return from_json(kind, read_json(path), path)
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of all records, by name."""
-    return {kind.__name__: TypeAdapter(kind).json_schema() for kind in RECORDS}
+def json_schema(kinds: Iterable[type[Any]] = RECORDS) -> dict[str, Any]:
+    """The JSON Schema of records, by name."""
+    return {kind.__name__: TypeAdapter(kind).json_schema() for kind in kinds}

@@ -16,9 +16,10 @@ class Table:
     rows: Sequence[Sequence[object]]
     title: str = ""
 
-    def markdown(self) -> str:
-        """The table in Markdown, below its title if it has one."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
+    def markdown(self, numbers: bool = False) -> str:
+        """The table in Markdown, below its title if it has one; ``numbers`` stand to the right of all but column 0."""
+        rule = ["---", *["---:" if numbers else "---"] * (len(self.header) - 1)]
+        lines = [self.header, rule, *self.rows]
         escaped = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in escaped) + "\n"
         return f"**{self.title}**\n\n{body}" if self.title else body

@@ -26,6 +26,7 @@ from vlmflow.core.statistics import Interval, draws
 from vlmflow.engine import Trace, attach
 from vlmflow.engine.target import Target
 from vlmflow.pruners import Pruner, Unpruned
+from vlmflow.records.schema import BenchPoint, LatencyRecord
 
 Protocol = Literal["deployed", "paper"]
 
@@ -76,49 +77,23 @@ def ratio_of_medians(above: Sequence[float], below: Sequence[float]) -> Interval
     return Interval.of(float(np.median(first) / np.median(second)), resampled)
 
 
-@dataclass(frozen=True)
-class Latency:
-    """One method on one request, by part of a run (``Timing.parts``): median seconds, times as fast as unpruned.
-
-    ``promised`` is the prefill's speed-up if time were exact FLOPs, None for a model whose widths are not known.
-    """
-
-    pruner: dict[str, Any]
-    seconds: dict[str, float]
-    speedup: dict[str, Interval]
-    promised: float | None
-    peak_bytes: int | None
-    kv_bytes: int
-
-    @classmethod
-    def of(cls, pruner: Pruner, promised: float | None, unpruned: Sequence[Timing], runs: Sequence[Timing]) -> Latency:
-        """Sum up a method's runs beside the unpruned runs of the same rounds."""
-        seconds = {part: [timing.parts[part] for timing in runs] for part in runs[0].parts}
-        before = {part: [timing.parts[part] for timing in unpruned] for part in seconds}
-        peaks = [timing.peak_bytes for timing in runs if timing.peak_bytes is not None]
-        return cls(
-            pruner=pruner.to_dict(),
-            seconds={part: statistics.median(taken) for part, taken in seconds.items()},
-            speedup={part: ratio_of_medians(before[part], taken) for part, taken in seconds.items()},
-            promised=promised,
-            peak_bytes=max(peaks, default=None),
-            kv_bytes=runs[0].kv_bytes,
-        )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Methods on one request, the unpruned run first; image and text tokens are each sample's."""
-
-    image_tokens: tuple[int, ...]
-    text_tokens: tuple[int, ...]
-    methods: dict[str, Latency]
-
-    @property
-    def not_paying(self) -> dict[str, Interval]:
-        """The methods that no run shows to be faster end to end, with the speed-up that was seen."""
-        totals = {name: latency.speedup["total"] for name, latency in self.methods.items() if name != "none"}
-        return {name: ratio for name, ratio in totals.items() if ratio.low <= 1}
+def summed_up(
+    pruner: Pruner, promised: float | None, unpruned: Sequence[Timing], runs: Sequence[Timing]
+) -> LatencyRecord:
+    """A method's runs beside the unpruned runs of the same rounds."""
+    seconds = {part: [timing.parts[part] for timing in runs] for part in runs[0].parts}
+    peaks = [timing.peak_bytes for timing in runs if timing.peak_bytes is not None]
+    return LatencyRecord(
+        pruner=pruner.to_dict(),
+        seconds={part: statistics.median(taken) for part, taken in seconds.items()},
+        speedup={
+            part: ratio_of_medians([timing.parts[part] for timing in unpruned], taken)
+            for part, taken in seconds.items()
+        },
+        promised=promised,
+        peak_bytes=max(peaks, default=None),
+        kv_bytes=runs[0].kv_bytes,
+    )
 
 
 def compare(
@@ -127,7 +102,7 @@ def compare(
     pruners: Mapping[str, Pruner],
     repeats: int,
     each: Callable[[str], object] = lambda _: None,
-) -> Comparison:
+) -> BenchPoint:
     """Measure methods on a request, beside the bare model; ``each`` is called after every run with its method's name.
 
     A round that is not timed comes first. ``none`` runs with nothing attached.
@@ -140,11 +115,12 @@ def compare(
             runs[name].append(run(model, request, pruner))
             each(name)
     methods = {
-        name: Latency.of(pruner, promised_speedup(traces[name]), runs["none"], runs[name])
+        name: summed_up(pruner, promised_speedup(traces[name]), runs["none"], runs[name])
         for name, pruner in pruners.items()
     }
     images, tokens = traces["none"].image_tokens[0], traces["none"].tokens[0]
-    return Comparison(images, tuple(all_ - image for all_, image in zip(tokens, images, strict=True)), methods)
+    texts = [together - image for together, image in zip(tokens, images, strict=True)]
+    return BenchPoint(len(images), request.new_tokens, list(images), texts, methods)
 
 
 def warm_up(model: nn.Module, request: Request, pruner: Pruner) -> Trace:
