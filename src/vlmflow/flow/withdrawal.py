@@ -59,11 +59,11 @@ def withdrawal(
     if not eta > 0:
         raise ValueError(f"withdrawal: eta must be a positive divergence in nats, got {eta}")
     whole: list[Tensor] = []
-    with prune(model, Unpruned()) as trace:
-        for number, sample in enumerate(samples):
+    for number, sample in enumerate(samples):
+        with prune(model, Unpruned()) as trace:
             whole.append(next_token(model, sample))
-            if not all(trace.image_tokens[0]):
-                raise ValueError(f"withdrawal: sample {number} has no image to withdraw; leave it out")
+        if not all(trace.image_tokens[0]):
+            raise ValueError(f"withdrawal: sample {number} has no image to withdraw; leave it out")
     candidates = range(1, trace.n_layers) if layers is None else sorted(layers)
     count = sum(len(rows) for rows in whole)
     chosen: int | None = None
