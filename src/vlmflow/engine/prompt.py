@@ -166,7 +166,7 @@ def _after_prompt(layout: Layout, kwargs: Mapping[str, Any]) -> Bool[Tensor, "ba
     else:
         first = kept.min().to(place.device) if isinstance(kept, Tensor) else length - kept
         follows = (place > first).expand(batch, -1)
-    return follows & question & (question & ~follows).any(1, keepdim=True)
+    return follows & (question & ~follows).any(1, keepdim=True)
 
 
 def _padding(
