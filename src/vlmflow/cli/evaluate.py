@@ -128,8 +128,9 @@ def sweep(
         where = source.source()
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
-    from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
+    from vlmflow.evaluate.sweep import Cell, plan
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
+    from vlmflow.evaluate.tables import budget_grid
 
     with refusals(), stoppable():
         vlm = loading.load(model)
@@ -143,7 +144,7 @@ def sweep(
             lines = evaluate_cells(
                 vlm, evaluation, cells, out_dir, samples=samples, batch_size=run.batch_size, progress=follow
             )
-        print_table(sweep_grid(lines, chosen.title, wide=False))
+        print_table(budget_grid(lines, chosen.title, wide=False))
         for line in lines:
             if line.note:
                 remark(line.note)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from vlmflow.engine import Trace, attach
+from vlmflow.core.cost import Cost
+from vlmflow.core.geometry import Geometry
+from vlmflow.engine import Trace, prune
 from vlmflow.evaluate.model_facts import ModelFacts, geometry_of
-from vlmflow.evaluate.pricing import Pricing
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of, verdicts_of
 from vlmflow.evaluate.shards import Shard, open_shards
 from vlmflow.models import VLM, Question
@@ -20,6 +21,8 @@ from vlmflow.records.files import versions
 from vlmflow.records.folder import Folder
 from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, to_json
 from vlmflow.tasks import Sample, Source, Task
+
+Price = Callable[[int, int, int], Cost | None]  # of a row's ``shape``
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,10 @@ class Evaluation:
 
     def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[Row]]:
         """The wanted rows of each shard, answered here one after the other."""
-        pricing = Pricing(self.pruner, geometry_of(vlm))
-        with attach(vlm.model, self.pruner) as trace:
+        price = _prices(self.pruner, geometry_of(vlm))
+        with prune(vlm.model, self.pruner) as trace:
             for batch in open_shards(shards, samples, self.task, self.prompt):
-                rows, failures = batch.ask(partial(self._answered, vlm, trace, pricing))
+                rows, failures = batch.ask(partial(self._answered, vlm, trace, price))
                 yield [
                     rows[sample.id]
                     if sample.id in rows
@@ -84,10 +87,10 @@ class Evaluation:
                 ]
 
     def _answered(
-        self, vlm: VLM, trace: Trace, pricing: Pricing, samples: Sequence[Sample], questions: Sequence[Question]
+        self, vlm: VLM, trace: Trace, price: Price, samples: Sequence[Sample], questions: Sequence[Question]
     ) -> list[Row]:
         """The rows of one batch, asked inside the session that ``trace`` belongs to."""
-        answers = vlm.generate(vlm.encode(questions), self.max_new_tokens or self.task.max_new_tokens)
+        answers = vlm.answer(questions, self.max_new_tokens or self.task.max_new_tokens)
         by_layer, tokens = trace.image_tokens, trace.tokens[0]
         question_tokens = trace.layout.question.sum(1).tolist()
         rows = []
@@ -105,7 +108,8 @@ class Evaluation:
                 question_tokens=question_tokens[i],
                 image_tokens={n: count for n, count in enumerate(counts) if n == 0 or count != counts[n - 1]},
             )
-            rows.append(replace(row, cost=pricing.record(row)))
+            cost = price(*row.shape)
+            rows.append(replace(row, cost=cost and _pruned_figures(cost)))
         return rows
 
     def sum_up(self, folder: Folder, settings: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
@@ -113,15 +117,17 @@ class Evaluation:
         rows = rows_of(folder).read().values()
         good = [row for row in rows if row.failure is None]
         failed = {row.id: row.failure for row in rows if row.failure is not None}
-        counts = [_by_layer(row, facts.layers) for row in good]
-        cost = Pricing(self.pruner, facts.geometry).total(good)
+        counts = [row.by_layer(facts.layers) for row in good]
+        price = _prices(self.pruner, facts.geometry)
+        costs = [cost for row in good if (cost := price(*row.shape)) is not None]
+        cost = sum(costs[1:], costs[0]) if costs else None
         summary = EvaluationSummary(
             settings=dict(settings),
             **self.metric(folder),
             samples=EvaluationCounts(asked=len(rows), answered=len(good), failed=len(failed)),
             failed=failed,
-            answer_tokens=_mean(row.answer_tokens for row in good),
-            tokens=_mean(row.tokens for row in good),
+            answer_tokens=_mean([row.answer_tokens for row in good]),
+            tokens=_mean([row.tokens for row in good]),
             image_tokens=[sum(layer) / len(layer) for layer in zip(*counts, strict=True)],
             cost=cost and {"table": cost.table(), **cost.to_dict()},
         )
@@ -181,14 +187,17 @@ def settings_of(
     }
 
 
-def _by_layer(row: Row, n_layers: int) -> list[int]:
-    """How many image tokens entered each layer; a row holds the changes."""
-    changes, counts = row.image_tokens or {}, []
-    for layer in range(n_layers):
-        counts.append(changes[layer] if layer in changes else counts[-1])
-    return counts
+def _prices(pruner: Pruner, geometry: Geometry | None) -> Price:
+    """What prefills cost, pruned and not, each shape worked out once; None for a model whose widths are not known."""
+    return cache(partial(pruner.cost, geometry)) if geometry else lambda *shape: None
 
 
-def _mean(values: Iterable[int]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None
+def _pruned_figures(cost: Cost) -> dict[str, Any]:
+    """A row's: the pruned prefill's figures, and their shares of the unpruned one's."""
+    table = cost.table()
+    pruned = {name: part for name, (_, part, _) in table.items()}
+    return pruned | {"shares": {name: share for name, (_, _, share) in table.items()}}
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return sum(values) / len(values) if values else None

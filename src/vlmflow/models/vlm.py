@@ -98,6 +98,10 @@ class VLM:
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """Greedy answers to questions, asked in one batch (see ``generate``)."""
+        return self.generate(self.encode(questions), max_new_tokens)
+
     def generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[Answer]:
         """Greedy answers to encoded questions.
 
