@@ -27,7 +27,7 @@ from vlmflow.cli.options import (
     under_torchrun,
 )
 from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
-from vlmflow.cli.progress import bars, show, stoppable
+from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
 from vlmflow.tasks import Task
@@ -66,25 +66,14 @@ def evaluate(
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.evaluation import Evaluation
-    from vlmflow.evaluate.launch import launch
     from vlmflow.evaluate.marking import mark, write_requests
 
     def evaluation_for(n_layers: int) -> Evaluation:
         method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)
         return run.evaluation(chosen, where, method, origin)
 
-    with refusals(), stoppable(), bars() as progress:
-        summary = launch(
-            evaluation_for,
-            loading.named(model),
-            out_dir,
-            on_ray,
-            batch_size=run.batch_size,
-            samples=samples,
-            progress=show(progress, f"{task} {name}"),
-        )
-    if summary is None:
-        return  # torchrun's first process has it
+    load, size, title = loading.named(model), run.batch_size, f"{task} {name}"
+    summary = do_job(evaluation_for, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
     if marker is not None:
         with refusals(), stoppable():
             evaluation = evaluation_for(summary["settings"]["layers"])

@@ -25,7 +25,7 @@ from vlmflow.cli.options import (
     task_named,
 )
 from vlmflow.cli.output import refusals, remark
-from vlmflow.cli.progress import bars, show, stoppable
+from vlmflow.cli.progress import do_job
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
@@ -86,23 +86,13 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             chosen = _experiment_of(experiment, settings)
             on_ray = launcher.ray_workers()
             check_folder("--out", out_dir)
-            from vlmflow.evaluate.launch import launch
             from vlmflow.flow.study import Study
 
             job = Study(task, chosen, where, study.limit, study.seed)
             samples = job.samples()
-        with refusals(), stoppable(), bars() as progress:
-            summary = launch(
-                lambda n_layers: job,
-                loading.named(model),
-                out_dir,
-                on_ray,
-                batch_size=study.batch_size,
-                samples=samples,
-                progress=show(progress, f"{experiment.name} {task.name}"),
-            )
-        if summary is None:
-            return  # torchrun's first process has it
+        title = f"{experiment.name} {task.name}"
+        load, size = loading.named(model), study.batch_size
+        summary = do_job(lambda n_layers: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
         figures = chosen.figures(summary, out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vlmflow.records.files import write_text
+from vlmflow.records.files import RecordError, read_json, write_text
 from vlmflow.tasks import Rubric, Sample, TaskError
 
 LONGEST_PAUSE = 60.0  # seconds
@@ -163,23 +163,24 @@ class _Asker:
         self._lock = threading.Lock()
 
     def verdict(self, pair: tuple[Sample, str]) -> Verdict:
-        sample, answer = pair
-        asked, failure, reply, model = 0, None, None, None
-        for attempt in range(self.judge.attempts):
-            request = self.judge._request(self.rubric, sample, answer, attempt)
-            kept = self._recall(request, attempt)
+        (sample, answer), judge = pair, self.judge
+        sent, failure, reply, model = 0, None, None, None
+        for attempt in range(judge.attempts):
+            request = judge._request(self.rubric, sample, answer, attempt)
+            path = self._path(request, attempt)
+            kept = _recall(path)
             if kept is None:
-                kept, sent, failure = self._send(request)
-                asked += sent
+                kept, times, failure = self._send(request)
+                sent += times
                 if kept is None:
-                    return Verdict(sample.id, None, reply, failure, model, asked)
-                self._keep(request, attempt, kept)
+                    break
+                self._keep(path, request, kept)
             reply, model = kept["reply"], kept["model"]
             marks = self.rubric.read(reply)
             if marks is not None:
-                return Verdict(sample.id, marks, reply, None, model, asked)
+                return Verdict(sample.id, marks, reply, None, model, sent)
             failure = f"unreadable reply in {attempt + 1} attempts"
-        return Verdict(sample.id, None, reply, failure, model, asked)
+        return Verdict(sample.id, None, reply, failure, model, sent)
 
     def _send(self, request: dict[str, Any]) -> tuple[dict[str, Any] | None, int, str | None]:
         """The reply, how many requests that took, and what went wrong last."""
@@ -234,20 +235,19 @@ class _Asker:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.judge.cache / digest[:2] / f"{digest}.json"
 
-    def _recall(self, request: dict[str, Any], attempt: int) -> dict[str, Any] | None:
-        path = self._path(request, attempt)
-        if path is None or not path.is_file():
-            return None
-        with suppress(OSError, ValueError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(kept, dict) and isinstance(kept.get("reply"), str) and isinstance(kept.get("model"), str):
-                return kept
-        return None
-
-    def _keep(self, request: dict[str, Any], attempt: int, kept: dict[str, Any]) -> None:
-        if path := self._path(request, attempt):
+    def _keep(self, path: Path | None, request: dict[str, Any], kept: dict[str, Any]) -> None:
+        if path is not None:
             record = {**kept, "rubric": self.rubric.name, "endpoint": self.judge._endpoint(), "request": request}
             write_text(path, json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def _recall(path: Path | None) -> dict[str, Any] | None:
+    """A reply that was kept, and is whole."""
+    with suppress(RecordError):
+        kept = read_json(path) if path else {}
+        if isinstance(kept.get("reply"), str) and isinstance(kept.get("model"), str):
+            return kept
+    return None
 
 
 def _library() -> Any:
