@@ -61,7 +61,8 @@ def evaluate(
         name = find_pruner(pruner.pruner).name
         chosen = task_named(task)
         marker = judge.make(chosen, out_dir)
-        on_ray = launcher.ray_workers()
+        load = loading.named(model)
+        on_ray = launcher.on_ray(load)
         where = source.source()
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
@@ -72,7 +73,7 @@ def evaluate(
         method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)
         return run.evaluation(chosen, where, method, origin)
 
-    load, size, title = loading.named(model), run.batch_size, f"{task} {name}"
+    size, title = run.batch_size, f"{task} {name}"
     summary = do_job(evaluation_for, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
     if marker is not None:
         with refusals(), stoppable():

@@ -84,14 +84,14 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
         with refusals():
             task, where = study.subject(source)
             chosen = _experiment_of(experiment, settings)
-            on_ray = launcher.ray_workers()
+            load = loading.named(model)
+            on_ray = launcher.on_ray(load)
             check_folder("--out", out_dir)
             from vlmflow.flow.study import Study
 
             job = Study(task, chosen, where, study.limit, study.seed)
             samples = job.samples()
-        title = f"{experiment.name} {task.name}"
-        load, size = loading.named(model), study.batch_size
+        size, title = study.batch_size, f"{experiment.name} {task.name}"
         summary = do_job(lambda n_layers: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
         figures = chosen.figures(summary, out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))

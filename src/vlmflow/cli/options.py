@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +20,7 @@ from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
     from vlmflow.evaluate.evaluation import Evaluation
-    from vlmflow.evaluate.launch import RayWorkers
-    from vlmflow.evaluate.on_ray import Loading
+    from vlmflow.evaluate.on_ray import Loading, Pool
     from vlmflow.models import VLM
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
@@ -183,8 +183,8 @@ class LauncherOptions:
         str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
     ] = None
 
-    def ray_workers(self) -> RayWorkers | None:
-        """Ray's workers; None where Ray has no part.
+    def on_ray(self, loading: Loading) -> AbstractContextManager[Pool] | None:
+        """Ray's workers, to be connected to; None where Ray has no part.
 
         Raises:
             ValueError: an unknown engine, options for Ray without it, or Ray under torchrun.
@@ -197,9 +197,9 @@ class LauncherOptions:
             raise ValueError(f"--engine must be local or ray, got {self.engine!r}")
         if under_torchrun():
             raise ValueError("--engine ray starts its own workers; run it without torchrun")
-        from vlmflow.evaluate.launch import RayWorkers
+        from vlmflow.evaluate.on_ray import connected
 
-        return RayWorkers(1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
+        return connected(loading, 1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
 
 
 def refuse_without(needed: str, options: Mapping[str, object]) -> None:

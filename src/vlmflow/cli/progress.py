@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,7 @@ from rich.progress import Progress as Bars
 from vlmflow.cli.output import err_console, refusals
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.launch import RayWorkers
-    from vlmflow.evaluate.on_ray import Loading
+    from vlmflow.evaluate.on_ray import Loading, Pool
     from vlmflow.evaluate.runner import Job, Progress, SampleRow
     from vlmflow.tasks import Sample
 
@@ -58,7 +57,7 @@ def do_job(
     job_for: Callable[[int], Job[Any]],
     loading: Loading,
     out: Path,
-    on_ray: RayWorkers | None,
+    on_ray: AbstractContextManager[Pool] | None,
     *,
     batch_size: int,
     samples: Sequence[Sample],
