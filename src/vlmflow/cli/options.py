@@ -1,6 +1,6 @@
 """The options that several commands have, each written once: alone, or in groups that know what they stand for.
 
-A group's methods raise what the user can mend, before a model is loaded wherever that is possible.
+What is given here and cannot be is refused by a ``ValueError``, before a model is loaded wherever that is possible.
 """
 
 from __future__ import annotations
@@ -73,17 +73,12 @@ class PrunerOptions:
     ] = None
 
     def settings(self) -> dict[str, str]:
-        """The fields that are set, as text; the method takes them all.
-
-        Raises:
-            ValueError: an unknown method or field, or no value of the field's type.
-        """
-        settings = {}
-        for text in self.set_ or ():
-            name, equals, value = text.partition("=")
+        """The fields that are set, as text; a ``ValueError`` where the method does not take them all."""
+        pairs = [text.partition("=") for text in self.set_ or ()]
+        for name, equals, _ in pairs:
             if not equals:
-                raise ValueError(f"--set wants field=value, such as k1=2, got {text!r}")
-            settings[name.strip()] = value.strip()
+                raise ValueError(f"--set wants field=value, such as k1=2, got {name!r}")
+        settings = {name.strip(): value.strip() for name, _, value in pairs}
         parse_fields(self.pruner, settings)
         return settings
 
@@ -128,11 +123,7 @@ class RunOptions:
     ] = None
 
     def samples(self, task: Task, source: Source) -> list[Sample]:
-        """The task's samples.
-
-        Raises:
-            TaskError: what is wrong with the source, the prompt style or the answer rule.
-        """
+        """The task's samples; a ``TaskError`` says what is wrong with the source, prompt style or answer rule."""
         samples = task.samples(source, self.limit)
         task.prompt(samples[0], self.prompt_style)
         task.parse("", samples[0], self.rule)
@@ -156,9 +147,7 @@ class JudgeOptions:
     def make(self, task: Task, folder: Path) -> Judge | None:
         """The judge, if one is named; its replies are kept in the result folder.
 
-        Raises:
-            TaskError: the task needs no judge, or the judge lacks what it needs to mark.
-            ValueError: an option for a judge, and none is named.
+        A ``ValueError`` where the task needs none, or it lacks what it needs to mark.
         """
         if self.judge is None:
             refuse_without("--judge", {"--judge-url": self.judge_url, "--dry-run": self.dry_run or None})
@@ -184,11 +173,7 @@ class LauncherOptions:
     ] = None
 
     def on_ray(self, loading: Loading) -> AbstractContextManager[Pool] | None:
-        """Ray's workers, to be connected to; None where Ray has no part.
-
-        Raises:
-            ValueError: an unknown engine, options for Ray without it, or Ray under torchrun.
-        """
+        """Ray's workers, to be connected to; None where Ray has no part."""
         if self.engine == "local":
             given = {"--workers": self.workers, "--gpus-per-worker": self.gpus_per_worker}
             refuse_without("--engine ray", {**given, "--ray-address": self.ray_address})
@@ -203,11 +188,7 @@ class LauncherOptions:
 
 
 def refuse_without(needed: str, options: Mapping[str, object]) -> None:
-    """Refuse options that are given (not None) without what they belong to.
-
-    Raises:
-        ValueError: one is given.
-    """
+    """Refuse options that are given (not None) without what they belong to."""
     for option, value in options.items():
         if value is not None:
             raise ValueError(f"{option} goes with {needed}")
@@ -219,42 +200,26 @@ def under_torchrun() -> bool:
 
 
 def task_named(name: str) -> Task:
-    """The benchmark of a name.
-
-    Raises:
-        TaskError: there is none.
-    """
+    """The benchmark of a name, or a ``TaskError``."""
     if name not in TASKS:
         raise TaskError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def pruners_named(text: str) -> list[type[Pruner]]:
-    """The methods named with commas between.
-
-    Raises:
-        ValueError: one of them is none.
-    """
+    """The methods named with commas between, or a ``ValueError``."""
     return find_pruners(name.strip() for name in text.split(",") if name.strip())
 
 
 def checked_prompt(text: str) -> str:
-    """A question.
-
-    Raises:
-        ValueError: it is empty.
-    """
+    """A question, or a ``ValueError`` where it is empty."""
     if not text.strip():
         raise ValueError("the prompt is empty; ask something with --prompt")
     return text
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Find out before the work whether results can be written to a folder, which need not exist yet.
-
-    Raises:
-        ValueError: it is a file or lies in one, or may not be written.
-    """
+    """Refuse before the work a folder, which need not exist yet, that results cannot be written to."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise ValueError(f"{option} wants a folder, and {nearest} is a file")
@@ -263,11 +228,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_file(option: str, file: Path) -> None:
-    """The same for a file.
-
-    Raises:
-        ValueError: it is a folder, or its folder is none or may not be written.
-    """
+    """Refuse before the work a file that a result cannot be written to."""
     if file.is_dir():
         raise ValueError(f"{option} wants a file, and {file} is a folder")
     check_folder(option, file.parent)

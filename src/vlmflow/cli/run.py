@@ -94,8 +94,8 @@ def run(
 def print_runs(runs: dict[str, Run]) -> None:
     """The answers, and what they cost."""
     table = cost_table("answer")
-    for name, one in runs.items():
-        table.add_row(name, one.answer.text, *cost_cells(one))
+    for name, answered in runs.items():
+        table.add_row(name, answered.answer.text, *cost_cells(answered))
     console.print(table)
     console.print(LEGEND)
 
@@ -108,11 +108,11 @@ def cost_table(*columns: str) -> Table:
     return table
 
 
-def cost_cells(one: Run) -> list[str]:
+def cost_cells(run: Run) -> list[str]:
     """The cells for ``cost_table``'s last columns; shares are of the unpruned prefill."""
-    mean = one.cost.table()["mean_image_tokens"][1]
-    shares = [f"{one.cost.share(measure):.0%}" for measure in ("paper_flops", "exact_flops", "kv_bytes")]
-    return [one.steps, f"{mean:.0f}", *shares]
+    table = run.cost.table()
+    shares = [f"{table[measure][2]:.0%}" for measure in ("paper_flops", "exact_flops", "kv_bytes")]
+    return [run.steps, f"{table['mean_image_tokens'][1]:.0f}", *shares]
 
 
 def seen_by(vlm: VLM, question: Question, inputs: Mapping[str, Tensor], run: Run) -> SeenImages:
@@ -169,25 +169,25 @@ def demo(
     for sample, questions, name in track(steps, "Asking", console=err_console, transient=True):
         image = open_image(sample.image)
         runs = ask(vlm, [Question(q.text, (image,)) for q in questions], methods[name], max_new_tokens=16)
-        right[name] += sum(one.answer.text in q.answers for one, q in zip(runs, questions, strict=True))
+        right[name] += sum(run.answer.text in q.answers for run, q in zip(runs, questions, strict=True))
         shown.setdefault(name, runs[0])
-    sample, questions = pictures[0]
-    question, asked = questions[0], sum(len(questions) for _, questions in pictures)
+    sample, (question, _) = pictures[0]
+    total = 2 * len(pictures)
     first = Question(question.text, (open_image(sample.image),))
     inputs = vlm.encode([first])
     measured = compare(vlm.model, Request(inputs), methods, repeats=5).methods
     table = cost_table("answer", "right")
     table.add_column("time")
-    for name, one in shown.items():
-        mark = "✓" if one.answer.text in question.answers else "✗"
+    for name, run in shown.items():
+        mark = "✓" if run.answer.text in question.answers else "✗"
         ratio = f"{measured[name].seconds['prefill'] / measured['none'].seconds['prefill']:.0%}"
-        table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
-    console.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
+        table.add_row(name, f"{run.answer.text} {mark}", str(right[name]), *cost_cells(run), ratio)
+    console.print(f"“{question.text}” ({sample.image.name}), and how many of {total} questions were answered right:")
     console.print(table)
     console.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
     record = DemoRecord(
         versions=versions(),
-        asked=asked,
+        asked=total,
         right=right,
         runs={name: run.record() for name, run in shown.items()},
         seen=seen_by(vlm, first, inputs, shown["none"]),
@@ -198,5 +198,5 @@ def demo(
 
 def two_questions(sample: ScenePicture, number: int) -> list[SceneQuestion]:
     """Two of a picture's questions, of other kinds for other pictures; no captions: they are not right or wrong."""
-    asked = [question for question in sample.questions if question.kind != "caption"]
-    return [asked[(5 + 2 * number) % len(asked)], asked[(6 + 2 * number) % len(asked)]]
+    questions = [question for question in sample.questions if question.kind != "caption"]
+    return [questions[(i + 2 * number) % len(questions)] for i in (5, 6)]
