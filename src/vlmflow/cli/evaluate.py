@@ -29,6 +29,7 @@ from vlmflow.cli.options import (
 from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
 from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.evaluate.budgets import for_task
+from vlmflow.evaluate.judge import mark, write_requests
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
 from vlmflow.tasks import Task
 
@@ -73,7 +74,6 @@ def evaluate(
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.evaluation import Evaluation
-    from vlmflow.evaluate.marking import mark, write_requests
 
     def evaluation_for(n_layers: int) -> Evaluation:
         method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)

@@ -86,7 +86,7 @@ def run(
     )
     if save is not None:
         with refusals():
-            save_run(save, vlm, question, inputs, runs, record)
+            save_run(save, question, inputs, runs, record)
     if json_:
         typer.echo(json.dumps(to_json(record)))
 
@@ -115,21 +115,16 @@ def cost_cells(run: Run) -> list[str]:
     return [run.steps, f"{table['mean_image_tokens'][1]:.0f}", *shares]
 
 
-def seen_by(vlm: VLM, question: Question, inputs: Mapping[str, Tensor], run: Run) -> SeenImages:
+def seen_by(vlm: VLM, question: Question, inputs: dict[str, Tensor], run: Run) -> SeenImages:
     """How the question's images became tokens; all methods see them alike."""
     from vlmflow.models import patch_grids
 
-    grids = patch_grids(dict(inputs), vlm.model.config, len(run.positions), len(question.images))
+    grids = patch_grids(inputs, vlm.model.config, len(run.positions), len(question.images))
     return SeenImages([image.size for image in question.images], list(run.positions), grids)
 
 
 def save_run(
-    folder: Path,
-    vlm: VLM,
-    question: Question,
-    inputs: Mapping[str, Tensor],
-    runs: Mapping[str, Run],
-    record: RunRecord | DemoRecord,
+    folder: Path, question: Question, inputs: dict[str, Tensor], runs: Mapping[str, Run], record: RunRecord | DemoRecord
 ) -> None:
     """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
     from vlmflow.figures import maps
@@ -141,7 +136,7 @@ def save_run(
         remark("no picture: this model's image tokens do not form one grid an image")
         return
     methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
-    images = seen_images(dict(inputs), question.images)
+    images = seen_images(inputs, question.images)
     maps.kept_patches(folder / "patches.png", images, record.seen.grids, methods, question.text)
     typer.echo(f"wrote {folder / 'patches.png'}")
 
@@ -193,7 +188,7 @@ def demo(
         seen=seen_by(vlm, first, inputs, shown["none"]),
     )
     with refusals():
-        save_run(out_dir, vlm, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)
+        save_run(out_dir, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)
 
 
 def two_questions(sample: ScenePicture, number: int) -> list[SceneQuestion]:

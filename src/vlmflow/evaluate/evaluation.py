@@ -29,7 +29,7 @@ Price = Callable[[int, int, int], Cost | None]  # of a row's ``shape``
 class Evaluation:
     """What is evaluated: a task's samples, asked in one way, under one pruner.
 
-    None stands for the task's own: its first prompt style and answer rule, all samples, its length of answers. ``seed``
+    None stands for the task's first prompt style and answer rule, all its samples, its length of answers. ``seed``
     is the bootstrap's; answers are greedy. ``pruner_from`` says for the record who chose the pruner's fields.
     """
 
@@ -45,33 +45,15 @@ class Evaluation:
     row_type = Row
 
     def samples(self) -> list[Sample]:
-        """The samples that are asked.
-
-        Raises:
-            TaskError: what is wrong with the source.
-        """
+        """The samples (see ``Task.samples``)."""
         return self.task.samples(self.source, self.limit)
 
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All that an answer depends on (see ``settings_of``).
-
-        Raises:
-            TaskError: unknown prompt style or answer rule.
-            ValueError: a pruner that does not fit the model.
-        """
+        """All that an answer depends on (see ``settings_of``); a ``ValueError`` where the pruner does not fit."""
         self.pruner.checked_stages(facts.layers, 0)
-        return settings_of(
-            facts,
-            self.task,
-            self.source,
-            samples,
-            {"pruner": self.pruner.to_dict(), "pruner_from": self.pruner_from},
-            prompt=self.prompt,
-            rule=self.rule,
-            limit=self.limit,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-        )
+        method = {"pruner": self.pruner.to_dict(), "pruner_from": self.pruner_from}
+        how = {name: getattr(self, name) for name in ("prompt", "rule", "limit", "max_new_tokens", "seed")}
+        return settings_of(facts, self.task, self.source, samples, method, **how)
 
     def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[Row]]:
         """The wanted rows of each shard, answered here one after the other."""

@@ -8,16 +8,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vlmflow.records.files import RecordError, read_json, write_text
+from vlmflow.evaluate.rows import rows_of, verdicts_of
+from vlmflow.records.files import RecordError, read_json, write_json, write_text
+from vlmflow.records.folder import SUMMARY, VERDICTS, Folder, claim, differences
 from vlmflow.tasks import Rubric, Sample, TaskError
+
+if TYPE_CHECKING:  # it loads torch, which options of the command line do not need
+    from vlmflow.evaluate.evaluation import Evaluation
 
 LONGEST_PAUSE = 60.0  # seconds
 
@@ -103,18 +108,9 @@ class Judge:
 
     def to_dict(self, rubric: Rubric) -> dict[str, Any]:
         """What a record must hold so that the marks can be given again: judge, endpoint, and prompt in full."""
-        return {
-            "model": self.model,
-            "endpoint": self._endpoint(),
-            "attempts": self.attempts,
-            "rubric": rubric.name,
-            "system": rubric.system,
-            "template": rubric.template,
-            "nudge": rubric.nudge,
-            "temperature": rubric.temperature,
-            "hotter": rubric.hotter,
-            "max_tokens": rubric.max_tokens,
-        }
+        prompt = ("system", "template", "nudge", "temperature", "hotter", "max_tokens")
+        judge = {"model": self.model, "endpoint": self._endpoint(), "attempts": self.attempts, "rubric": rubric.name}
+        return {**judge, **{name: getattr(rubric, name) for name in prompt}}
 
     def _request(self, rubric: Rubric, sample: Sample, answer: str, attempt: int) -> dict[str, Any]:
         return {
@@ -248,6 +244,44 @@ def _recall(path: Path | None) -> dict[str, Any] | None:
         if isinstance(kept.get("reply"), str) and isinstance(kept.get("model"), str):
             return kept
     return None
+
+
+def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Have a judge mark a finished run's answers; the new summary. The judge's replies are kept in ``out/judge``.
+
+    Raises:
+        TaskError: a task without a rubric, no key, no client library, or a key or model that the endpoint refuses.
+        RecordError: a run that is not finished, or whose answers another judge has marked.
+    """
+    rubric = evaluation.task.marked_by()
+    record, summary = judge.to_dict(rubric), Folder(out).summary()
+    with claim(out, summary["settings"]) as folder:
+        earlier = verdicts_of(folder)
+        if earlier and (differing := differences(earlier["judge"], record)):
+            raise RecordError(
+                f"{out} holds the marks of another judge: {'; '.join(differing)}. Copy the folder without {VERDICTS}, "
+                "and have the copy marked"
+            )
+        kept = ("marks", "reply", "failure", "model")
+        verdicts = {
+            verdict.sample: {name: getattr(verdict, name) for name in kept}
+            for verdict in judge.mark(rubric, _answered(folder, samples))
+        }
+        write_json(out / VERDICTS, {"judge": record, "verdicts": verdicts})
+        summary |= evaluation.metric(folder)
+        write_json(out / SUMMARY, summary)
+        return summary
+
+
+def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> int:
+    """Write what ``mark`` would send to ``out/requests.jsonl``; how many requests."""
+    return judge.dry_run(evaluation.task.marked_by(), _answered(Folder(out), samples), out / "requests.jsonl")
+
+
+def _answered(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
+    """The samples that were answered, with their answers."""
+    rows = rows_of(folder).read()
+    return [(sample, rows[sample.id].answer) for sample in samples if rows[sample.id].failure is None]
 
 
 def _library() -> Any:

@@ -54,21 +54,11 @@ class Job(Protocol[R]):
         ...
 
     def samples(self) -> list[Sample]:
-        """The samples.
-
-        Raises:
-            TaskError: what is wrong with the source.
-            RecordError: a sample that is none for this job.
-        """
+        """The samples; a ``ValueError`` where the source is wrong, or a sample is none for this job."""
         ...
 
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All that the rows depend on, in JSON's own types.
-
-        Raises:
-            TaskError: unknown prompt style or answer rule.
-            ValueError: what does not fit the model.
-        """
+        """All that the rows depend on, in JSON's types; a ``ValueError`` where it does not fit task or model."""
         ...
 
     def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
@@ -76,11 +66,7 @@ class Job(Protocol[R]):
         ...
 
     def sum_up(self, folder: OpenFolder, settings: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The summary of the rows in a folder, one a sample and in the samples' order.
-
-        Raises:
-            RecordError: nothing is left to sum up.
-        """
+        """The summary of the rows in a folder, which stand in the samples' order; a ``RecordError`` if none is left."""
         ...
 
 

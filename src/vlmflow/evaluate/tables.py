@@ -36,11 +36,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """A run's folder.
-
-        Raises:
-            RecordError: it is not finished, or broken.
-        """
+        """A run's folder; a ``RecordError`` where it is not finished, or broken."""
         return cls(path, from_json(EvaluationSummary, Folder(path).summary(), path / SUMMARY))
 
     @property

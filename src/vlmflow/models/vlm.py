@@ -82,12 +82,7 @@ class VLM:
     def _text_options(self, prompts: Sequence[str]) -> dict[str, Any]:
         start = self.processor.tokenizer.bos_token
         started = start is not None and prompts[0].startswith(start)  # by the chat template; a second start would harm
-        return {
-            "padding": True,
-            "padding_side": "left",
-            "return_tensors": "pt",
-            "add_special_tokens": not started,
-        }
+        return {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": not started}
 
     def _prompt(self, question: Question) -> str:
         processor = self.processor
@@ -119,9 +114,8 @@ class VLM:
 
     @property
     def _end_ids(self) -> list[int]:
-        config = self.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        return [token for token in [*ends, config.pad_token_id] if token is not None]
+        ends, padding = self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id
+        return [token for token in [*(ends if isinstance(ends, list) else [ends]), padding] if token is not None]
 
 
 class FiniteLogits(LogitsProcessor):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar
-from vlmflow.tasks.answers import Rule
+from vlmflow.tasks.answers import Rule, words
 from vlmflow.tasks.prompts import SAME_TEXT, Prompt
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Source
@@ -169,48 +170,33 @@ class Task:
     def describe(self, source: Source | None = None) -> dict[str, str]:
         """What a source means for this task, for records."""
         source = source or Source()
-        others = {"images": source.images, "split": source.split, "revision": source.revision}
-        where: dict[str, object] = {"path": source.path}
+        where: dict[str, object] = {"path": source.path, "images": source.images, "split": source.split}
         if source.path is None and self.hub:
-            meant = self.hub.resolve(source)
-            where = {"dataset": meant.id, "config": meant.config}
-            others["split"] = meant.split
-        return {name: str(value) for name, value in {**where, **others}.items() if value is not None}
+            hub = self.hub.resolve(source)
+            where = {"dataset": hub.id, "config": hub.config, "images": source.images, "split": hub.split}
+        return {name: str(value) for name, value in {**where, "revision": source.revision}.items() if value is not None}
 
     def marked_by(self) -> Rubric:
-        """The rubric by which a judge marks the answers.
-
-        Raises:
-            TaskError: it needs none.
-        """
+        """The rubric by which a judge marks the answers, or a ``TaskError`` where none is needed."""
         if self.rubric is None:
             raise TaskError(f"{self.name} is scored by its rules and needs no judge; leave the judge out")
         return self.rubric
 
     def style(self, name: str | None = None) -> str:
-        """The prompt style that a name means here: lmms-eval's is LLaVA's where it has no text of its own, and so on.
+        """The prompt style that a name means here: lmms-eval's is LLaVA's where it is no other text, and so on.
 
-        Raises:
-            TaskError: unknown style.
+        An unknown style is a ``TaskError``.
         """
         if name is not None and name not in self.prompts:
             name = next((same for same in SAME_TEXT.get(name, ()) if same in self.prompts), name)
         return _known(self, "prompt style", self.prompts, name)
 
     def prompt(self, sample: Sample, style: str | None = None) -> str:
-        """The text that goes with the images.
-
-        Raises:
-            TaskError: unknown style.
-        """
+        """The text that goes with the images, in a style (see ``style``)."""
         return self.prompts[self.style(style)](sample)
 
     def parse(self, answer: str, sample: Sample, rule: str | None = None) -> str | None:
-        """The answer that a text gives, or None if it gives none.
-
-        Raises:
-            TaskError: unknown rule.
-        """
+        """The answer that a text gives, or None if it gives none; an unknown rule is a ``TaskError``."""
         return self.rules[_known(self, "answer rule", self.rules, rule)](answer, sample)
 
     def outcome(
@@ -291,6 +277,10 @@ class Task:
             record |= {"difference": difference.value, "interval": [difference.low, difference.high]}
             record["p_bootstrap"] = sums.p_of_zero(_difference)
         return record
+
+
+# a benchmark of captions, or of answers that a judge marks
+open_task = partial(Task, rules={"text": words}, score=unscored, preset="caption")
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.records.files import read_json
-from vlmflow.tasks.answers import words
 from vlmflow.tasks.cider import cider
-from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.core import open_task
 from vlmflow.tasks.prompts import caption
 from vlmflow.tasks.sample import Sample
 from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub
@@ -43,15 +42,12 @@ def from_hub(row: Record) -> Sample:
     return row.sample(row.text("img_id"), references=row.texts("caption"))
 
 
-FLICKR30K = Task(
+FLICKR30K = open_task(
     name="flickr30k",
     title="Flickr30k",
     load=load,
     prompts={"paper": caption},
-    rules={"text": words},
-    score=unscored,
     measure=cider,
     max_new_tokens=64,
-    preset="caption",
     hub=HUB,
 )

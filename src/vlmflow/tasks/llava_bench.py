@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from vlmflow.tasks.answers import words
-from vlmflow.tasks.core import Metric, Outcome, Rubric, Task, marks_of, unscored
+from vlmflow.tasks.core import Metric, Outcome, Rubric, marks_of, open_task
 from vlmflow.tasks.prompts import question
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, by_key, find_file, read_hub, read_lines, read_tsv
@@ -99,16 +98,13 @@ def measure(outcomes: Sequence[Outcome]) -> Metric:
     return metric
 
 
-LLAVA_BENCH = Task(
+LLAVA_BENCH = open_task(
     name="llava_bench",
     title="LLaVA-Bench (in the wild)",
     load=load,
     prompts={"paper": question},
-    rules={"text": words},
-    score=unscored,
     measure=measure,
     max_new_tokens=1024,
-    preset="caption",
     hub=HUB,
     rubric=Rubric(
         name="llava-bench-v1",

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlmflow.tasks.answers import words
-from vlmflow.tasks.core import Metric, Outcome, Rubric, Task, marks_of, unscored
+from vlmflow.tasks.core import Metric, Outcome, Rubric, marks_of, open_task
 from vlmflow.tasks.prompts import question
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub, read_table, read_tsv
@@ -109,16 +108,13 @@ def measure(outcomes: Sequence[Outcome]) -> Metric:
     return metric
 
 
-MMVET = Task(
+MMVET = open_task(
     name="mmvet",
     title="MM-Vet",
     load=load,
     prompts={"paper": question, "lmms": lmms_prompt},
-    rules={"text": words},
-    score=unscored,
     measure=measure,
     max_new_tokens=1024,
-    preset="caption",
     hub=HUB,
     rubric=Rubric(
         name="mm-vet-v1",

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.records.files import read_json
-from vlmflow.tasks.answers import words
 from vlmflow.tasks.cider import cider
-from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.core import open_task
 from vlmflow.tasks.prompts import caption
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub
@@ -45,15 +44,12 @@ def from_hub(row: Record) -> Sample:
     return row.sample(row.text("image_id"), references=row.texts("annotations_captions"))
 
 
-NOCAPS = Task(
+NOCAPS = open_task(
     name="nocaps",
     title="NoCaps (validation)",
     load=load,
     prompts={"paper": caption},
-    rules={"text": words},
-    score=unscored,
     measure=cider,
     max_new_tokens=64,
-    preset="caption",
     hub=HUB,
 )

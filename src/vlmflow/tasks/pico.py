@@ -16,7 +16,7 @@ from vlmflow.pico.questions import KINDS
 from vlmflow.pico.scenes import CANVAS, COUNTS, Scene, Split, make_scene
 from vlmflow.tasks.answers import words
 from vlmflow.tasks.cider import cider
-from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.core import Task, open_task
 from vlmflow.tasks.prompts import question
 from vlmflow.tasks.sample import Picture, Sample, TaskError
 from vlmflow.tasks.sources import Source
@@ -74,14 +74,11 @@ PICO = Task(
     rules={"text": words},
     score=score,
 )
-PICO_CAPTIONS = Task(
+PICO_CAPTIONS = open_task(
     name="pico_captions",
     title="Pico's scenes (captions)",
     load=partial(load, captions=True),
     prompts={"plain": question},
-    rules={"text": words},
-    score=unscored,
     measure=cider,
     max_new_tokens=48,
-    preset="caption",
 )
