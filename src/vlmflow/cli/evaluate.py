@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,6 @@ from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
 from vlmflow.tasks import Task
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.runner import Progress
     from vlmflow.records.schema import Line
 
 SHARES = {
@@ -124,22 +124,17 @@ def sweep(
         where = source.source()
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
-    from vlmflow.evaluate.sweep import Cell, plan
+    from vlmflow.evaluate.sweep import plan
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
     from vlmflow.evaluate.tables import budget_grid
 
     with refusals(), stoppable():
         vlm = loading.load(model)
         cells = plan(methods, shares, vlm.n_layers, chosen.preset)
-        evaluation = run.evaluation(chosen, where, Unpruned(), "")
+        evaluation, size = run.evaluation(chosen, where, Unpruned(), ""), run.batch_size
         with bars() as progress:
-
-            def follow(number: int, cell: Cell) -> Progress:
-                return show(progress, f"{cell.folder} ({number + 1}/{len(cells)})")
-
-            lines = evaluate_cells(
-                vlm, evaluation, cells, out_dir, samples=samples, batch_size=run.batch_size, progress=follow
-            )
+            follow = partial(show, progress)
+            lines = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
         print_table(budget_grid(lines, chosen.title, wide=False))
         for line in lines:
             if line.note:

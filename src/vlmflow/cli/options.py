@@ -110,7 +110,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which of a task's samples are asked, and how."""
+    """Which of a task's samples are answered, and how."""
 
     limit: LimitOption = None
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")] = 8

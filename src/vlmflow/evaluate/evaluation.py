@@ -27,7 +27,7 @@ Price = Callable[[int, int, int], Cost | None]  # of a row's ``shape``
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated: a task's samples, asked in one way, under one pruner.
+    """What is evaluated: a task's samples, with a prompt style, under a pruner.
 
     None stands for the task's first prompt style and answer rule, all its samples, its length of answers. ``seed``
     is the bootstrap's; answers are greedy. ``pruner_from`` says for the record who chose the pruner's fields.
@@ -71,7 +71,7 @@ class Evaluation:
     def _answered(
         self, vlm: VLM, trace: Trace, price: Price, samples: Sequence[Sample], questions: Sequence[Question]
     ) -> list[Row]:
-        """The rows of one batch, asked inside the session that ``trace`` belongs to."""
+        """The rows of a batch, answered inside the session that ``trace`` belongs to."""
         answers = vlm.answer(questions, self.max_new_tokens or self.task.max_new_tokens)
         by_layer, tokens = trace.image_tokens, trace.tokens[0]
         question_tokens = trace.layout.question.sum(1).tolist()
@@ -175,7 +175,7 @@ def _prices(pruner: Pruner, geometry: Geometry | None) -> Price:
 
 
 def _pruned_figures(cost: Cost) -> dict[str, Any]:
-    """A row's: the pruned prefill's figures, and their shares of the unpruned one's."""
+    """The pruned prefill's figures, and their shares of the unpruned prefill's, for a row."""
     table = cost.table()
     pruned = {name: part for name, (_, part, _) in table.items()}
     return pruned | {"shares": {name: share for name, (_, _, share) in table.items()}}

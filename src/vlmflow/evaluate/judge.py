@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -155,8 +155,6 @@ class _Asker:
 
     def __init__(self, judge: Judge, rubric: Rubric) -> None:
         self.judge, self.rubric = judge, rubric
-        self._client: Any = None
-        self._lock = threading.Lock()
 
     def verdict(self, pair: tuple[Sample, str]) -> Verdict:
         (sample, answer), judge = pair, self.judge
@@ -195,7 +193,7 @@ class _Asker:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request. Nothing that the endpoint says about it is passed on: it may quote the key."""
         openai = _library()
-        client = self._connect()
+        client = self._client
         try:
             answer = client.chat.completions.create(**request)
         except openai.APIStatusError as error:
@@ -214,14 +212,10 @@ class _Asker:
             raise _RefusedError("reply without text", again=True)
         return {"reply": text, "model": str(model)}
 
-    def _connect(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                judge = self.judge
-                self._client = _library().OpenAI(
-                    api_key=judge._key(), base_url=judge._endpoint(), timeout=judge.timeout, max_retries=0
-                )
-            return self._client
+    @cached_property
+    def _client(self) -> Any:
+        key, url = self.judge._key(), self.judge._endpoint()
+        return _library().OpenAI(api_key=key, base_url=url, timeout=self.judge.timeout, max_retries=0)
 
     def _path(self, request: dict[str, Any], attempt: int) -> Path | None:
         """Where the reply is kept: by endpoint, rubric, request and attempt, so that a second attempt is a new one."""

@@ -95,7 +95,7 @@ class Pool(Workers):
 
 
 class Worker:
-    """One actor of the pool, with a model of its own."""
+    """An actor of the pool, with a model."""
 
     def __init__(self, loading: Loading, job: Job[Any], settings: dict[str, Any]) -> None:
         self._vlm, self._job, self._samples = loading.load(), job, job.samples()

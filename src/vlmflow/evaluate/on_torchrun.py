@@ -1,4 +1,4 @@
-"""Shards shared by the processes of one torchrun: each makes the rows of its own, the first keeps all rows.
+"""Shards shared by the processes of one torchrun: each makes the rows of its shards, the first keeps all.
 
 They meet in the key-value store that torchrun itself keeps, so nobody waits for another before the end, and no
 collective is needed. torchrun ends them all if one dies; the same command goes on from the rows.

@@ -13,7 +13,7 @@ from vlmflow.tasks import Outcome, Picture, Sample
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one sample.
+    """A sample's answer, with what it cost.
 
     ``image_tokens`` gives, by layer, how many image tokens went on from there; ``tokens`` the prompt's tokens, of which
     ``question_tokens`` follow the last image; ``cost`` the pruned prefill's figures, and their shares of the unpruned

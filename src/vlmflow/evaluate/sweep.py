@@ -67,25 +67,26 @@ def sweep(
     *,
     samples: Sequence[Sample],
     batch_size: int = 8,
-    progress: Callable[[int, Cell], Progress],
+    progress: Callable[[str], Progress],
 ) -> list[Line]:
-    """Evaluate every cell in a folder of its own, go on where it stopped; write the table in three formats.
+    """Evaluate each cell in its folder, go on where it stopped; write the table in three formats.
 
-    ``evaluation``'s pruner is replaced by each cell's. ``out`` gets ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
+    ``evaluation``'s pruner is replaced by each cell's; ``progress`` follows a cell by its title. ``out`` gets
+    ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
 
     Raises:
         RecordError: a cell's folder holds another run.
         ValueError: a pruner or model that do not fit (see ``attach``).
     """
     results: dict[str, Result] = {}
-    for number, cell in enumerate(cells):
+    for number, cell in enumerate(cells, 1):
         if cell.pruner is None:
             continue
         origin = "no pruning" if cell.budget is None else f"budget {cell.budget:g} of the image tokens a layer"
         origin = "; ".join(filter(None, (code_of(type(cell.pruner)), origin)))
         job = replace(evaluation, pruner=cell.pruner, pruner_from=origin)
-        folder = out / cell.folder
-        run(vlm, job, folder, batch_size=batch_size, samples=samples, progress=progress(number, cell))
+        folder, title = out / cell.folder, f"{cell.folder} ({number}/{len(cells)})"
+        run(vlm, job, folder, batch_size=batch_size, samples=samples, progress=progress(title))
         results[cell.folder] = Result.read(folder)
     baseline = results[cells[0].folder]
     lines = [

@@ -66,10 +66,6 @@ class Result:
         """The pruner's fields, short."""
         return " ".join(f"{name}={_short(value)}" for name, value in self.settings["pruner"].items() if name != "name")
 
-    def not_comparable(self, other: Result) -> list[str]:
-        """What differs between two runs beside the pruner."""
-        return differences(other.common, self.common)
-
     def cost(self, measure: str, pruned: bool = True) -> float | None:
         """A measure of `Cost.table`, in the mean over samples."""
         cost = self.summary.cost
@@ -84,7 +80,7 @@ class Result:
 
 
 def line_of(result: Result, baseline: Result | None = None, budget: float | None = None) -> Line:
-    """A run, compared with the unpruned one where there is one like it.
+    """A run, compared with the unpruned run of the same settings, if there is one.
 
     ``p`` is McNemar's exact one where scores are right or wrong, else the paired bootstrap's.
     """
@@ -93,8 +89,8 @@ def line_of(result: Result, baseline: Result | None = None, budget: float | None
     loss: dict[str, Any] = {}
     note = ""
     if baseline is not None and baseline.path != result.path:
-        if other := result.not_comparable(baseline):
-            note = f"not compared with the unpruned run: {other[0]}"
+        if differing := differences(baseline.common, result.common):
+            note = f"not compared with the unpruned run: {differing[0]}"
         else:
             loss = compare(baseline, result) or {}
     difference_low, difference_high = loss.get("interval") or (None, None)
@@ -241,7 +237,7 @@ def report(results: Sequence[Result]) -> Report:
     for run in results:
         key = (run.settings["model"], labels[run.path], run.settings["task"])
         if (other := runs.setdefault(key, run)) is not run:
-            why = run.not_comparable(other) or ["nothing else differs"]
+            why = differences(other.common, run.common) or ["nothing else differs"]
             raise RecordError(
                 f"{other.path} and {run.path} are both {key[1]} of {key[0]} on {key[2]} ({why[0]}); report them apart"
             )

@@ -1,4 +1,4 @@
-"""A model with its processor: questions in its own chat form, greedy answers."""
+"""A model with its processor: questions in its chat template, greedy answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked: text about any number of images."""
+    """A prompt's text, and any number of images that it is about."""
 
     text: str
     images: tuple[Image.Image, ...] = ()

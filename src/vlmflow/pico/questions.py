@@ -166,8 +166,8 @@ def identity_none(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The quarter of the picture in which an object lies."""
-    found = _place(rng, scene)
-    return found and _ask("position", f"Where is the {found[0].name}?", found[1])
+    placed = _place(rng, scene)
+    return placed and _ask("position", f"Where is the {placed[0].name}?", placed[1])
 
 
 def count(rng: random.Random, scene: Scene) -> SceneQuestion | None:
@@ -196,11 +196,12 @@ def choice_identity(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def choice_position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The quarter in which an object lies, of four."""
-    found = _place(rng, scene)
-    if found is None:
+    placed = _place(rng, scene)
+    if placed is None:
         return None
-    wrong = [place for place in PLACES if place != found[1]]
-    return _choice(rng, "choice_position", f"Where is the {found[0].name}?", found[1], wrong)
+    thing, right = placed
+    wrong = [place for place in PLACES if place != right]
+    return _choice(rng, "choice_position", f"Where is the {thing.name}?", right, wrong)
 
 
 def choice_knowledge(rng: random.Random, scene: Scene) -> SceneQuestion | None:
