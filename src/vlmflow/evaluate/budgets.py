@@ -34,9 +34,8 @@ def with_budget(method: str | type[Pruner], share: float, n_layers: int, preset:
     """
     cls = find_pruner(method)
     if cls is Unpruned:
-        raise ValueError(
-            f"a budget needs one of {', '.join(name for name in PRUNERS if name != cls.name)}, got {cls.name!r}"
-        )
+        others = ", ".join(name for name in PRUNERS if name != cls.name)
+        raise ValueError(f"a budget needs one of {others}, got {cls.name!r}")
     if not 0 < share < 1:
         raise ValueError(f"a budget is a share of the image tokens above 0 and below 1, got {share:g}")
     return cls.for_task(preset, n_layers)[0].at_budget(share, n_layers)

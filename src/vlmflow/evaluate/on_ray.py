@@ -67,8 +67,7 @@ class Pool(Workers):
         import ray
 
         with _one_line():
-            describe = ray.remote(lambda loading: ModelFacts.of(loading.load()))
-            return ray.get(describe.options(num_gpus=self.gpus).remote(self.loading))
+            return ray.get(ray.remote(_describe).options(num_gpus=self.gpus).remote(self.loading))
 
     def make_rows(self, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
         """The rows of shards, as workers finish them; what a worker held that died is done by another.
@@ -108,6 +107,10 @@ class Worker:
         shards = [Shard.from_dict(json.loads(text)) for text in batch["shard"]]
         made = self._job.make_rows(self._vlm, self._samples, shards)
         return {"rows": [json.dumps([row.to_dict() for row in rows]) for rows in made]}
+
+
+def _describe(loading: Loading) -> ModelFacts:
+    return ModelFacts.of(loading.load())
 
 
 @contextmanager

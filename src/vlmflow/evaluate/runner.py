@@ -10,6 +10,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -73,8 +74,12 @@ class Job(Protocol[R]):
 class Workers(ABC):
     """Whoever makes rows, with one model or many alike; ``where`` says for the log who and how many they are."""
 
-    facts: ModelFacts
-    where: Mapping[str, Any]
+    where: dict[str, Any]
+
+    @cached_property
+    @abstractmethod
+    def facts(self) -> ModelFacts:
+        """Their model's."""
 
     @abstractmethod
     def make_rows(self, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
@@ -85,9 +90,14 @@ class Here(Workers):
     """This process and its model."""
 
     def __init__(self, vlm: VLM) -> None:
-        self.vlm, self.facts, device = vlm, ModelFacts.of(vlm), vlm.device
+        self.vlm, device = vlm, vlm.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.where = {"device": str(device), "machine": name}
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """The model's."""
+        return ModelFacts.of(self.vlm)
 
     def make_rows(self, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
         """One shard after the other."""

@@ -132,8 +132,8 @@ def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
     both = [key for key in first if key in second]
     if not both:
         return None
-    pair = ([outcomes[key] for key in both] for outcomes in (first, second))
-    return result.task.compare(*pair, result.settings["seed"])
+    seed = result.settings["seed"]
+    return result.task.compare([first[key] for key in both], [second[key] for key in both], seed)
 
 
 def table_of(lines: Sequence[Line]) -> Table:
