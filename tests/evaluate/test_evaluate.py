@@ -21,8 +21,7 @@ from vlmflow.cli.progress import bars, show
 from vlmflow.evaluate import runner
 from vlmflow.evaluate.budgets import for_task, with_budget
 from vlmflow.evaluate.evaluation import Evaluation
-from vlmflow.evaluate.judge import Judge, Verdict
-from vlmflow.evaluate.marking import mark
+from vlmflow.evaluate.judge import Judge, Verdict, mark
 from vlmflow.evaluate.model_facts import ModelFacts, fingerprint
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of
 from vlmflow.evaluate.runner import run

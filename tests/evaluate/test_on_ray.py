@@ -18,7 +18,7 @@ from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.on_ray import Loading, connected
 from vlmflow.evaluate.rows import rows_of
-from vlmflow.evaluate.runner import run
+from vlmflow.evaluate.runner import collect, run
 from vlmflow.models import load
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import Folder
@@ -54,15 +54,15 @@ def test_a_killed_worker_loses_nothing(alone, tmp_path):
     doomed = replace(ASKED, task=replace(ASKED.task, rules={"text": deadly}))
     how = {"batch_size": 2, "samples": samples, "progress": lambda *_: None}
     with connected(PICO, workers=2) as pool:
-        facts = pool.describe()
-        pool.run(facts, doomed, tmp_path / "out", **how)
+        collect(pool, doomed, tmp_path / "out", **how)
         assert marker.exists()
         assert files(tmp_path / "out") == files(alone)
         began = []
-        pool.run(facts, doomed, tmp_path / "out", **{**how, "progress": lambda done, *_: began.append(done)})
+        collect(pool, doomed, tmp_path / "out", **{**how, "progress": lambda done, *_: began.append(done)})
         assert began == [16]
+        vars(pool)["facts"] = replace(pool.facts, weights="other")
         with pytest.raises(RecordError, match=r'^Ray: RecordError: on .* would be others: weights was "other"'):
-            pool.run(replace(facts, weights="other"), ASKED, tmp_path / "other", **how)
+            collect(pool, ASKED, tmp_path / "other", **how)
 
 
 def drive(out: Path, answered: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
-from typing import Annotated, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -43,20 +42,14 @@ def main() -> None:
     """The entry point: quiet libraries, then the command."""
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    warnings.showwarning = _show_warning
+    warnings.formatwarning = _format_warning
     app()
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _format_warning(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
     """One line for what we warn of, and where in the code it stands for what others do."""
-    text = warnings.formatwarning(message, category, filename, lineno, line)
-    if category.__module__.startswith("vlmflow."):
-        text = f"vlmflow: {message}\n"
-    (file or sys.stderr).write(text)
+    ours = category.__module__.startswith("vlmflow.")
+    return f"vlmflow: {message}\n" if ours else _ORIGINAL(message, category, *place, **line)
+
+
+_ORIGINAL = warnings.formatwarning

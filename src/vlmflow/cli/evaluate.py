@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,15 +28,21 @@ from vlmflow.cli.options import (
     under_torchrun,
 )
 from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
-from vlmflow.cli.progress import bars, show, stoppable
+from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.evaluate.budgets import for_task
+from vlmflow.evaluate.judge import mark, write_requests
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
 from vlmflow.tasks import Task
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.runner import Progress
     from vlmflow.records.schema import Line
 
+SHARES = {
+    "mean_image_tokens": "image tokens a layer",
+    "paper_flops": "FLOPs, Eq. 10 (image only)",
+    "exact_flops": "FLOPs, exact (with text)",
+    "kv_bytes": "KV cache",
+}
 METHODS = ",".join(name for name, method in PRUNERS.items() if method is not Unpruned)
 
 
@@ -61,30 +68,19 @@ def evaluate(
         name = find_pruner(pruner.pruner).name
         chosen = task_named(task)
         marker = judge.make(chosen, out_dir)
-        on_ray = launcher.ray_workers()
+        load = loading.named(model)
+        on_ray = launcher.on_ray(load)
         where = source.source()
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.evaluation import Evaluation
-    from vlmflow.evaluate.launch import launch
-    from vlmflow.evaluate.marking import mark, write_requests
 
     def evaluation_for(n_layers: int) -> Evaluation:
         method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)
         return run.evaluation(chosen, where, method, origin)
 
-    with refusals(), stoppable(), bars() as progress:
-        summary = launch(
-            evaluation_for,
-            loading.named(model),
-            out_dir,
-            on_ray,
-            batch_size=run.batch_size,
-            samples=samples,
-            progress=show(progress, f"{task} {name}"),
-        )
-    if summary is None:
-        return  # torchrun's first process has it
+    size, title = run.batch_size, f"{task} {name}"
+    summary = do_job(evaluation_for, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
     if marker is not None:
         with refusals(), stoppable():
             evaluation = evaluation_for(summary["settings"]["layers"])
@@ -128,22 +124,18 @@ def sweep(
         where = source.source()
         check_folder("--out", out_dir)
         samples = run.samples(chosen, where)
-    from vlmflow.evaluate.sweep import Cell, plan, sweep_grid
+    from vlmflow.evaluate.sweep import plan
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
+    from vlmflow.evaluate.tables import budget_grid
 
     with refusals(), stoppable():
         vlm = loading.load(model)
         cells = plan(methods, shares, vlm.n_layers, chosen.preset)
-        evaluation = run.evaluation(chosen, where, Unpruned(), "")
+        evaluation, size = run.evaluation(chosen, where, Unpruned(), ""), run.batch_size
         with bars() as progress:
-
-            def follow(number: int, cell: Cell) -> Progress:
-                return show(progress, f"{cell.folder} ({number + 1}/{len(cells)})")
-
-            lines = evaluate_cells(
-                vlm, evaluation, cells, out_dir, samples=samples, batch_size=run.batch_size, progress=follow
-            )
-        print_table(sweep_grid(lines, chosen.title, wide=False))
+            follow = partial(show, progress)
+            lines = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
+        print_table(budget_grid(lines, chosen.title, wide=False))
         for line in lines:
             if line.note:
                 remark(line.note)
@@ -202,28 +194,23 @@ def _shares(text: str) -> list[float]:
 
 
 def _print_summary(summary: dict[str, Any], task: Task) -> None:
-    metric, cost, counts = summary["metric"], summary["cost"], summary["samples"]
+    metric, cost, counts, settings = (summary[name] for name in ("metric", "cost", "samples", "settings"))
     table = plain_table("", task.title)
     if metric:
-        value = "none yet: no answer is marked (--judge)" if metric["value"] is None else f"{metric['value']:.2f}"
-        low_high = metric["interval"] and " [{:.2f}, {:.2f}]".format(*metric["interval"])
-        table.add_row(metric["figure"], f"{value}{low_high or ''}")
+        value = "none yet: no answer is marked (--judge)"
+        if metric["value"] is not None:
+            value = "{:.2f} [{:.2f}, {:.2f}]".format(metric["value"], *metric["interval"])
+        table.add_row(metric["figure"], value)
     table.add_row("answered", f"{counts['answered']} of {counts['asked']}, {counts['failed']} failed")
     if metric:
         table.add_row("unparsed", f"{metric['unparsed']}, counted as wrong")
         if task.rubric:
             table.add_row("unmarked", f"{metric['excluded']}, left out")
-    pruner = ", ".join(f"{k}={v}" for k, v in summary["settings"]["pruner"].items() if k != "name")
-    table.add_row("pruner", f"{summary['settings']['pruner']['name']} {pruner} ({summary['settings']['pruner_from']})")
-    if cost:
-        names = {
-            "mean_image_tokens": "image tokens a layer",
-            "paper_flops": "FLOPs, Eq. 10 (image only)",
-            "exact_flops": "FLOPs, exact (with text)",
-            "kv_bytes": "KV cache",
-        }
-        for measure, name in names.items():
-            table.add_row(name, f"{cost['shares'][measure]:.1%} of unpruned")
+    name, *fields = settings["pruner"].items()
+    pruner = ", ".join(f"{field}={value}" for field, value in fields)
+    table.add_row("pruner", f"{name[1]} {pruner} ({settings['pruner_from']})")
+    for measure, label in SHARES.items() if cost else ():
+        table.add_row(label, f"{cost['shares'][measure]:.1%} of unpruned")
     console.print(table)
 
 
@@ -231,21 +218,18 @@ def _draw(lines: Sequence[Line], path: Path, title: str) -> bool:
     """The Pareto picture, where figures and costs are known."""
     from vlmflow.figures.comparison import Point, pareto
 
-    def point(line: Line, share: float | None) -> Point | None:
-        if share is None or line.value is None or line.low is None or line.high is None:
-            return None
-        return Point(100 * share, line.value, line.low, line.high)
-
-    unpruned = point(lines[0], lines[0].exact_share)
-    if unpruned is None:
-        return False
     panels: dict[str, dict[str, list[Point]]] = {}
     for label, measure in (
         ("FLOPs by Eq. 10 (image tokens only), % of unpruned", "eq10_share"),
         ("FLOPs counted exactly (with text), % of unpruned", "exact_share"),
     ):
-        for line in lines[1:]:
-            if (found := point(line, getattr(line, measure))) is not None:
-                panels.setdefault(label, {}).setdefault(line.method, []).append(found)
-    pareto(path, panels, unpruned, lines[0].figure or "figure", title)
+        for line in lines:
+            share: float | None = getattr(line, measure)
+            if share is not None and line.value is not None and line.low is not None and line.high is not None:
+                point = Point(100 * share, line.value, line.low, line.high)
+                panels.setdefault(label, {}).setdefault(line.method, []).append(point)
+    unpruned = [methods.pop(lines[0].method, None) for methods in panels.values()]
+    if not unpruned or unpruned[-1] is None:
+        return False
+    pareto(path, panels, unpruned[-1][0], lines[0].figure or "figure", title)
     return True

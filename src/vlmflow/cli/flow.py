@@ -25,7 +25,7 @@ from vlmflow.cli.options import (
     task_named,
 )
 from vlmflow.cli.output import refusals, remark
-from vlmflow.cli.progress import bars, show, stoppable
+from vlmflow.cli.progress import do_job
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
@@ -87,25 +87,15 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             chosen = experiment(
                 **{name: _layers(value) if kinds[name] == Layers else value for name, value in vars(settings).items()}
             )
-            on_ray = launcher.ray_workers()
+            load = loading.named(model)
+            on_ray = launcher.on_ray(load)
             check_folder("--out", out_dir)
-            from vlmflow.evaluate.launch import launch
             from vlmflow.flow.study import Study
 
             job = Study(task, chosen, where, study.limit, study.seed)
             samples = job.samples()
-        with refusals(), stoppable(), bars() as progress:
-            summary = launch(
-                lambda n_layers: job,
-                loading.named(model),
-                out_dir,
-                on_ray,
-                batch_size=study.batch_size,
-                samples=samples,
-                progress=show(progress, f"{experiment.name} {task.name}"),
-            )
-        if summary is None:
-            return  # torchrun's first process has it
+        size, title = study.batch_size, f"{experiment.name} {task.name}"
+        summary = do_job(lambda n_layers: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
         figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]

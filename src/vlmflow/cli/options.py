@@ -1,12 +1,13 @@
 """The options that several commands have, each written once: alone, or in groups that know what they stand for.
 
-A group's methods raise what the user can mend, before a model is loaded wherever that is possible.
+What is given here and cannot be is refused by a ``ValueError``, before a model is loaded wherever that is possible.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +20,7 @@ from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
     from vlmflow.evaluate.evaluation import Evaluation
-    from vlmflow.evaluate.launch import RayWorkers
-    from vlmflow.evaluate.on_ray import Loading
+    from vlmflow.evaluate.on_ray import Loading, Pool
     from vlmflow.models import VLM
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
@@ -73,17 +73,12 @@ class PrunerOptions:
     ] = None
 
     def settings(self) -> dict[str, str]:
-        """The fields that are set, as text; the method takes them all.
-
-        Raises:
-            ValueError: an unknown method or field, or no value of the field's type.
-        """
-        settings = {}
-        for text in self.set_ or ():
-            name, equals, value = text.partition("=")
+        """The fields that are set, as text; a ``ValueError`` where the method does not take them all."""
+        pairs = [text.partition("=") for text in self.set_ or ()]
+        for name, equals, _ in pairs:
             if not equals:
-                raise ValueError(f"--set wants field=value, such as k1=2, got {text!r}")
-            settings[name.strip()] = value.strip()
+                raise ValueError(f"--set wants field=value, such as k1=2, got {name!r}")
+        settings = {name.strip(): value.strip() for name, _, value in pairs}
         parse_fields(self.pruner, settings)
         return settings
 
@@ -115,7 +110,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which of a task's samples are asked, and how."""
+    """Which of a task's samples are answered, and how."""
 
     limit: LimitOption = None
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")] = 8
@@ -128,11 +123,7 @@ class RunOptions:
     ] = None
 
     def samples(self, task: Task, source: Source) -> list[Sample]:
-        """The task's samples.
-
-        Raises:
-            TaskError: what is wrong with the source, the prompt style or the answer rule.
-        """
+        """The task's samples; a ``TaskError`` says what is wrong with the source, prompt style or answer rule."""
         samples = task.samples(source, self.limit)
         task.prompt(samples[0], self.prompt_style)
         task.parse("", samples[0], self.rule)
@@ -156,9 +147,7 @@ class JudgeOptions:
     def make(self, task: Task, folder: Path) -> Judge | None:
         """The judge, if one is named; its replies are kept in the result folder.
 
-        Raises:
-            TaskError: the task needs no judge, or the judge lacks what it needs to mark.
-            ValueError: an option for a judge, and none is named.
+        A ``ValueError`` where the task needs none, or it lacks what it needs to mark.
         """
         if self.judge is None:
             refuse_without("--judge", {"--judge-url": self.judge_url, "--dry-run": self.dry_run or None})
@@ -183,12 +172,8 @@ class LauncherOptions:
         str | None, typer.Option(help="With ray: a cluster's host:port, or auto; default: this machine alone.")
     ] = None
 
-    def ray_workers(self) -> RayWorkers | None:
-        """Ray's workers; None where Ray has no part.
-
-        Raises:
-            ValueError: an unknown engine, options for Ray without it, or Ray under torchrun.
-        """
+    def on_ray(self, loading: Loading) -> AbstractContextManager[Pool] | None:
+        """Ray's workers, to be connected to; None where Ray has no part."""
         if self.engine == "local":
             given = {"--workers": self.workers, "--gpus-per-worker": self.gpus_per_worker}
             refuse_without("--engine ray", {**given, "--ray-address": self.ray_address})
@@ -197,17 +182,13 @@ class LauncherOptions:
             raise ValueError(f"--engine must be local or ray, got {self.engine!r}")
         if under_torchrun():
             raise ValueError("--engine ray starts its own workers; run it without torchrun")
-        from vlmflow.evaluate.launch import RayWorkers
+        from vlmflow.evaluate.on_ray import connected
 
-        return RayWorkers(1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
+        return connected(loading, 1 if self.workers is None else self.workers, self.gpus_per_worker, self.ray_address)
 
 
 def refuse_without(needed: str, options: Mapping[str, object]) -> None:
-    """Refuse options that are given (not None) without what they belong to.
-
-    Raises:
-        ValueError: one is given.
-    """
+    """Refuse options that are given (not None) without what they belong to."""
     for option, value in options.items():
         if value is not None:
             raise ValueError(f"{option} goes with {needed}")
@@ -219,42 +200,26 @@ def under_torchrun() -> bool:
 
 
 def task_named(name: str) -> Task:
-    """The benchmark of a name.
-
-    Raises:
-        TaskError: there is none.
-    """
+    """The benchmark of a name, or a ``TaskError``."""
     if name not in TASKS:
         raise TaskError(f"unknown task {name!r}; choose from {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def pruners_named(text: str) -> list[type[Pruner]]:
-    """The methods named with commas between.
-
-    Raises:
-        ValueError: one of them is none.
-    """
+    """The methods named with commas between, or a ``ValueError``."""
     return find_pruners(name.strip() for name in text.split(",") if name.strip())
 
 
 def checked_prompt(text: str) -> str:
-    """A question.
-
-    Raises:
-        ValueError: it is empty.
-    """
+    """A question, or a ``ValueError`` where it is empty."""
     if not text.strip():
         raise ValueError("the prompt is empty; ask something with --prompt")
     return text
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Find out before the work whether results can be written to a folder, which need not exist yet.
-
-    Raises:
-        ValueError: it is a file or lies in one, or may not be written.
-    """
+    """Refuse before the work a folder, which need not exist yet, that results cannot be written to."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise ValueError(f"{option} wants a folder, and {nearest} is a file")
@@ -263,11 +228,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_file(option: str, file: Path) -> None:
-    """The same for a file.
-
-    Raises:
-        ValueError: it is a folder, or its folder is none or may not be written.
-    """
+    """Refuse before the work a file that a result cannot be written to."""
     if file.is_dir():
         raise ValueError(f"{option} wants a file, and {file} is a folder")
     check_folder(option, file.parent)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from vlmflow.cli.output import err_console
+from vlmflow.cli.output import err_console, refusals
 
 if TYPE_CHECKING:
-    from vlmflow.evaluate.runner import Progress, SampleRow
+    from vlmflow.evaluate.on_ray import Loading, Pool
+    from vlmflow.evaluate.runner import Job, Progress, SampleRow
+    from vlmflow.tasks import Sample
 
 
 def bars() -> Bars:
@@ -48,6 +51,30 @@ def show(progress: Bars, title: str) -> Progress:
         progress.update(bar, completed=done, pace=", ".join([*pace, f"{failed} failed"] if failed else pace))
 
     return follow
+
+
+def do_job(
+    job_for: Callable[[int], Job[Any]],
+    loading: Loading,
+    out: Path,
+    on_ray: AbstractContextManager[Pool] | None,
+    *,
+    batch_size: int,
+    samples: Sequence[Sample],
+    title: str,
+) -> dict[str, Any]:
+    """``vlmflow.evaluate.launch`` with its progress on stderr; the summary, which torchrun's first process has.
+
+    The others end here.
+    """
+    from vlmflow.evaluate.launch import launch
+
+    with refusals(), stoppable(), bars() as progress:
+        follow = show(progress, title)
+        summary = launch(job_for, loading, out, on_ray, batch_size=batch_size, samples=samples, progress=follow)
+    if summary is None:
+        raise typer.Exit
+    return summary
 
 
 @contextmanager

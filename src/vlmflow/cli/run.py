@@ -86,7 +86,7 @@ def run(
     )
     if save is not None:
         with refusals():
-            save_run(save, vlm, question, inputs, runs, record)
+            save_run(save, question, inputs, runs, record)
     if json_:
         typer.echo(json.dumps(to_json(record)))
 
@@ -94,8 +94,8 @@ def run(
 def print_runs(runs: dict[str, Run]) -> None:
     """The answers, and what they cost."""
     table = cost_table("answer")
-    for name, one in runs.items():
-        table.add_row(name, one.answer.text, *cost_cells(one))
+    for name, answered in runs.items():
+        table.add_row(name, answered.answer.text, *cost_cells(answered))
     console.print(table)
     console.print(LEGEND)
 
@@ -108,28 +108,23 @@ def cost_table(*columns: str) -> Table:
     return table
 
 
-def cost_cells(one: Run) -> list[str]:
+def cost_cells(run: Run) -> list[str]:
     """The cells for ``cost_table``'s last columns; shares are of the unpruned prefill."""
-    mean = one.cost.table()["mean_image_tokens"][1]
-    shares = [f"{one.cost.share(measure):.0%}" for measure in ("paper_flops", "exact_flops", "kv_bytes")]
-    return [one.steps, f"{mean:.0f}", *shares]
+    table = run.cost.table()
+    shares = [f"{table[measure][2]:.0%}" for measure in ("paper_flops", "exact_flops", "kv_bytes")]
+    return [run.steps, f"{table['mean_image_tokens'][1]:.0f}", *shares]
 
 
-def seen_by(vlm: VLM, question: Question, inputs: Mapping[str, Tensor], run: Run) -> SeenImages:
+def seen_by(vlm: VLM, question: Question, inputs: dict[str, Tensor], run: Run) -> SeenImages:
     """How the question's images became tokens; all methods see them alike."""
     from vlmflow.models import patch_grids
 
-    grids = patch_grids(dict(inputs), vlm.model.config, len(run.positions), len(question.images))
+    grids = patch_grids(inputs, vlm.model.config, len(run.positions), len(question.images))
     return SeenImages([image.size for image in question.images], list(run.positions), grids)
 
 
 def save_run(
-    folder: Path,
-    vlm: VLM,
-    question: Question,
-    inputs: Mapping[str, Tensor],
-    runs: Mapping[str, Run],
-    record: RunRecord | DemoRecord,
+    folder: Path, question: Question, inputs: dict[str, Tensor], runs: Mapping[str, Run], record: RunRecord | DemoRecord
 ) -> None:
     """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
     from vlmflow.figures import maps
@@ -141,7 +136,7 @@ def save_run(
         remark("no picture: this model's image tokens do not form one grid an image")
         return
     methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
-    images = seen_images(dict(inputs), question.images)
+    images = seen_images(inputs, question.images)
     maps.kept_patches(folder / "patches.png", images, record.seen.grids, methods, question.text)
     typer.echo(f"wrote {folder / 'patches.png'}")
 
@@ -169,34 +164,34 @@ def demo(
     for sample, questions, name in track(steps, "Asking", console=err_console, transient=True):
         image = open_image(sample.image)
         runs = ask(vlm, [Question(q.text, (image,)) for q in questions], methods[name], max_new_tokens=16)
-        right[name] += sum(one.answer.text in q.answers for one, q in zip(runs, questions, strict=True))
+        right[name] += sum(run.answer.text in q.answers for run, q in zip(runs, questions, strict=True))
         shown.setdefault(name, runs[0])
-    sample, questions = pictures[0]
-    question, asked = questions[0], sum(len(questions) for _, questions in pictures)
+    sample, (question, _) = pictures[0]
+    total = 2 * len(pictures)
     first = Question(question.text, (open_image(sample.image),))
     inputs = vlm.encode([first])
     measured = compare(vlm.model, Request(inputs), methods, repeats=5).methods
     table = cost_table("answer", "right")
     table.add_column("time")
-    for name, one in shown.items():
-        mark = "✓" if one.answer.text in question.answers else "✗"
+    for name, run in shown.items():
+        mark = "✓" if run.answer.text in question.answers else "✗"
         ratio = f"{measured[name].seconds['prefill'] / measured['none'].seconds['prefill']:.0%}"
-        table.add_row(name, f"{one.answer.text} {mark}", str(right[name]), *cost_cells(one), ratio)
-    console.print(f"“{question.text}” ({sample.image.name}), and how many of {asked} questions were answered right:")
+        table.add_row(name, f"{run.answer.text} {mark}", str(right[name]), *cost_cells(run), ratio)
+    console.print(f"“{question.text}” ({sample.image.name}), and how many of {total} questions were answered right:")
     console.print(table)
     console.print(f"{LEGEND} Time: of the prefill, measured, likewise.")
     record = DemoRecord(
         versions=versions(),
-        asked=asked,
+        asked=total,
         right=right,
         runs={name: run.record() for name, run in shown.items()},
         seen=seen_by(vlm, first, inputs, shown["none"]),
     )
     with refusals():
-        save_run(out_dir, vlm, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)
+        save_run(out_dir, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)
 
 
 def two_questions(sample: ScenePicture, number: int) -> list[SceneQuestion]:
     """Two of a picture's questions, of other kinds for other pictures; no captions: they are not right or wrong."""
-    asked = [question for question in sample.questions if question.kind != "caption"]
-    return [asked[(5 + 2 * number) % len(asked)], asked[(6 + 2 * number) % len(asked)]]
+    questions = [question for question in sample.questions if question.kind != "caption"]
+    return [questions[(i + 2 * number) % len(questions)] for i in (5, 6)]

@@ -17,10 +17,10 @@ def for_task(
     Raises:
         ValueError: unknown method or field, or a value that the field does not take.
     """
-    found, values = find_pruner(method), parse_fields(method, settings)
-    pruner, origin = found.for_task(preset, n_layers)
+    cls, values = find_pruner(method), parse_fields(method, settings)
+    pruner, origin = cls.for_task(preset, n_layers)
     chosen = ", ".join(f"{field}={value}" for field, value in settings.items())
-    parts = [code_of(found), origin, f"set: {chosen}" if chosen else ""]
+    parts = [code_of(cls), origin, f"set: {chosen}" if chosen else ""]
     return replace(pruner, **values), "; ".join(part for part in parts if part)
 
 
@@ -32,10 +32,10 @@ def with_budget(method: str | type[Pruner], share: float, n_layers: int, preset:
     Raises:
         ValueError: unknown method, a share outside (0, 1), or one that the method cannot give.
     """
-    found = find_pruner(method)
-    if found is Unpruned:
-        others = [name for name, own in PRUNERS.items() if own is not Unpruned]
-        raise ValueError(f"a budget needs one of {', '.join(others)}, got {found.name!r}")
+    cls = find_pruner(method)
+    if cls is Unpruned:
+        others = ", ".join(name for name in PRUNERS if name != cls.name)
+        raise ValueError(f"a budget needs one of {others}, got {cls.name!r}")
     if not 0 < share < 1:
         raise ValueError(f"a budget is a share of the image tokens above 0 and below 1, got {share:g}")
-    return found.for_task(preset, n_layers)[0].at_budget(share, n_layers)
+    return cls.for_task(preset, n_layers)[0].at_budget(share, n_layers)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from vlmflow.engine import Trace, attach
+from vlmflow.core.cost import Cost
+from vlmflow.core.geometry import Geometry
+from vlmflow.engine import Trace, prune
 from vlmflow.evaluate.model_facts import ModelFacts, geometry_of
-from vlmflow.evaluate.pricing import Pricing
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of, verdicts_of
 from vlmflow.evaluate.shards import Shard, open_shards
 from vlmflow.models import VLM, Question
@@ -21,12 +22,14 @@ from vlmflow.records.folder import Folder
 from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, to_json
 from vlmflow.tasks import Sample, Source, Task
 
+Price = Callable[[int, int, int], Cost | None]  # of a row's ``shape``
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated: a task's samples, asked in one way, under one pruner.
+    """What is evaluated: a task's samples, with a prompt style, under a pruner.
 
-    None stands for the task's own: its first prompt style and answer rule, all samples, its length of answers. ``seed``
+    None stands for the task's first prompt style and answer rule, all its samples, its length of answers. ``seed``
     is the bootstrap's; answers are greedy. ``pruner_from`` says for the record who chose the pruner's fields.
     """
 
@@ -42,40 +45,22 @@ class Evaluation:
     row_type = Row
 
     def samples(self) -> list[Sample]:
-        """The samples that are asked.
-
-        Raises:
-            TaskError: what is wrong with the source.
-        """
+        """The samples (see ``Task.samples``)."""
         return self.task.samples(self.source, self.limit)
 
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All that an answer depends on (see ``settings_of``).
-
-        Raises:
-            TaskError: unknown prompt style or answer rule.
-            ValueError: a pruner that does not fit the model.
-        """
+        """All that an answer depends on (see ``settings_of``); a ``ValueError`` where the pruner does not fit."""
         self.pruner.checked_stages(facts.layers, 0)
-        return settings_of(
-            facts,
-            self.task,
-            self.source,
-            samples,
-            {"pruner": self.pruner.to_dict(), "pruner_from": self.pruner_from},
-            prompt=self.prompt,
-            rule=self.rule,
-            limit=self.limit,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-        )
+        method = {"pruner": self.pruner.to_dict(), "pruner_from": self.pruner_from}
+        how = {name: getattr(self, name) for name in ("prompt", "rule", "limit", "max_new_tokens", "seed")}
+        return settings_of(facts, self.task, self.source, samples, method, **how)
 
     def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[Row]]:
         """The wanted rows of each shard, answered here one after the other."""
-        pricing = Pricing(self.pruner, geometry_of(vlm))
-        with attach(vlm.model, self.pruner) as trace:
+        price = _prices(self.pruner, geometry_of(vlm))
+        with prune(vlm.model, self.pruner) as trace:
             for batch in open_shards(shards, samples, self.task, self.prompt):
-                rows, failures = batch.ask(partial(self._answered, vlm, trace, pricing))
+                rows, failures = batch.ask(partial(self._answered, vlm, trace, price))
                 yield [
                     rows[sample.id]
                     if sample.id in rows
@@ -84,10 +69,10 @@ class Evaluation:
                 ]
 
     def _answered(
-        self, vlm: VLM, trace: Trace, pricing: Pricing, samples: Sequence[Sample], questions: Sequence[Question]
+        self, vlm: VLM, trace: Trace, price: Price, samples: Sequence[Sample], questions: Sequence[Question]
     ) -> list[Row]:
-        """The rows of one batch, asked inside the session that ``trace`` belongs to."""
-        answers = vlm.generate(vlm.encode(questions), self.max_new_tokens or self.task.max_new_tokens)
+        """The rows of a batch, answered inside the session that ``trace`` belongs to."""
+        answers = vlm.answer(questions, self.max_new_tokens or self.task.max_new_tokens)
         by_layer, tokens = trace.image_tokens, trace.tokens[0]
         question_tokens = trace.layout.question.sum(1).tolist()
         rows = []
@@ -105,7 +90,8 @@ class Evaluation:
                 question_tokens=question_tokens[i],
                 image_tokens={n: count for n, count in enumerate(counts) if n == 0 or count != counts[n - 1]},
             )
-            rows.append(replace(row, cost=pricing.record(row)))
+            cost = price(*row.shape)
+            rows.append(replace(row, cost=cost and _pruned_figures(cost)))
         return rows
 
     def sum_up(self, folder: Folder, settings: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
@@ -113,15 +99,17 @@ class Evaluation:
         rows = rows_of(folder).read().values()
         good = [row for row in rows if row.failure is None]
         failed = {row.id: row.failure for row in rows if row.failure is not None}
-        counts = [_by_layer(row, facts.layers) for row in good]
-        cost = Pricing(self.pruner, facts.geometry).total(good)
+        counts = [row.by_layer(facts.layers) for row in good]
+        price = _prices(self.pruner, facts.geometry)
+        costs = [cost for row in good if (cost := price(*row.shape)) is not None]
+        cost = sum(costs[1:], costs[0]) if costs else None
         summary = EvaluationSummary(
             settings=dict(settings),
             **self.metric(folder),
             samples=EvaluationCounts(asked=len(rows), answered=len(good), failed=len(failed)),
             failed=failed,
-            answer_tokens=_mean(row.answer_tokens for row in good),
-            tokens=_mean(row.tokens for row in good),
+            answer_tokens=_mean([row.answer_tokens for row in good]),
+            tokens=_mean([row.tokens for row in good]),
             image_tokens=[sum(layer) / len(layer) for layer in zip(*counts, strict=True)],
             cost=cost and {"table": cost.table(), **cost.to_dict()},
         )
@@ -181,14 +169,17 @@ def settings_of(
     }
 
 
-def _by_layer(row: Row, n_layers: int) -> list[int]:
-    """How many image tokens entered each layer; a row holds the changes."""
-    changes, counts = row.image_tokens or {}, []
-    for layer in range(n_layers):
-        counts.append(changes[layer] if layer in changes else counts[-1])
-    return counts
+def _prices(pruner: Pruner, geometry: Geometry | None) -> Price:
+    """What prefills cost, pruned and not, each shape worked out once; None for a model whose widths are not known."""
+    return cache(partial(pruner.cost, geometry)) if geometry else lambda *shape: None
 
 
-def _mean(values: Iterable[int]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None
+def _pruned_figures(cost: Cost) -> dict[str, Any]:
+    """The pruned prefill's figures, and their shares of the unpruned prefill's, for a row."""
+    table = cost.table()
+    pruned = {name: part for name, (_, part, _) in table.items()}
+    return pruned | {"shares": {name: share for name, (_, _, share) in table.items()}}
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -6,18 +6,23 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from vlmflow.records.files import write_text
+from vlmflow.evaluate.rows import rows_of, verdicts_of
+from vlmflow.records.files import RecordError, read_json, write_json, write_text
+from vlmflow.records.folder import SUMMARY, VERDICTS, Folder, claim, differences
 from vlmflow.tasks import Rubric, Sample, TaskError
+
+if TYPE_CHECKING:  # it loads torch, which options of the command line do not need
+    from vlmflow.evaluate.evaluation import Evaluation
 
 LONGEST_PAUSE = 60.0  # seconds
 
@@ -103,18 +108,9 @@ class Judge:
 
     def to_dict(self, rubric: Rubric) -> dict[str, Any]:
         """What a record must hold so that the marks can be given again: judge, endpoint, and prompt in full."""
-        return {
-            "model": self.model,
-            "endpoint": self._endpoint(),
-            "attempts": self.attempts,
-            "rubric": rubric.name,
-            "system": rubric.system,
-            "template": rubric.template,
-            "nudge": rubric.nudge,
-            "temperature": rubric.temperature,
-            "hotter": rubric.hotter,
-            "max_tokens": rubric.max_tokens,
-        }
+        prompt = ("system", "template", "nudge", "temperature", "hotter", "max_tokens")
+        judge = {"model": self.model, "endpoint": self._endpoint(), "attempts": self.attempts, "rubric": rubric.name}
+        return {**judge, **{name: getattr(rubric, name) for name in prompt}}
 
     def _request(self, rubric: Rubric, sample: Sample, answer: str, attempt: int) -> dict[str, Any]:
         return {
@@ -159,27 +155,26 @@ class _Asker:
 
     def __init__(self, judge: Judge, rubric: Rubric) -> None:
         self.judge, self.rubric = judge, rubric
-        self._client: Any = None
-        self._lock = threading.Lock()
 
     def verdict(self, pair: tuple[Sample, str]) -> Verdict:
-        sample, answer = pair
-        asked, failure, reply, model = 0, None, None, None
-        for attempt in range(self.judge.attempts):
-            request = self.judge._request(self.rubric, sample, answer, attempt)
-            kept = self._recall(request, attempt)
+        (sample, answer), judge = pair, self.judge
+        sent, failure, reply, model = 0, None, None, None
+        for attempt in range(judge.attempts):
+            request = judge._request(self.rubric, sample, answer, attempt)
+            path = self._path(request, attempt)
+            kept = _recall(path)
             if kept is None:
-                kept, sent, failure = self._send(request)
-                asked += sent
+                kept, times, failure = self._send(request)
+                sent += times
                 if kept is None:
-                    return Verdict(sample.id, None, reply, failure, model, asked)
-                self._keep(request, attempt, kept)
+                    break
+                self._keep(path, request, kept)
             reply, model = kept["reply"], kept["model"]
             marks = self.rubric.read(reply)
             if marks is not None:
-                return Verdict(sample.id, marks, reply, None, model, asked)
+                return Verdict(sample.id, marks, reply, None, model, sent)
             failure = f"unreadable reply in {attempt + 1} attempts"
-        return Verdict(sample.id, None, reply, failure, model, asked)
+        return Verdict(sample.id, None, reply, failure, model, sent)
 
     def _send(self, request: dict[str, Any]) -> tuple[dict[str, Any] | None, int, str | None]:
         """The reply, how many requests that took, and what went wrong last."""
@@ -198,7 +193,7 @@ class _Asker:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request. Nothing that the endpoint says about it is passed on: it may quote the key."""
         openai = _library()
-        client = self._connect()
+        client = self._client
         try:
             answer = client.chat.completions.create(**request)
         except openai.APIStatusError as error:
@@ -217,14 +212,10 @@ class _Asker:
             raise _RefusedError("reply without text", again=True)
         return {"reply": text, "model": str(model)}
 
-    def _connect(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                judge = self.judge
-                self._client = _library().OpenAI(
-                    api_key=judge._key(), base_url=judge._endpoint(), timeout=judge.timeout, max_retries=0
-                )
-            return self._client
+    @cached_property
+    def _client(self) -> Any:
+        key, url = self.judge._key(), self.judge._endpoint()
+        return _library().OpenAI(api_key=key, base_url=url, timeout=self.judge.timeout, max_retries=0)
 
     def _path(self, request: dict[str, Any], attempt: int) -> Path | None:
         """Where the reply is kept: by endpoint, rubric, request and attempt, so that a second attempt is a new one."""
@@ -234,20 +225,57 @@ class _Asker:
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.judge.cache / digest[:2] / f"{digest}.json"
 
-    def _recall(self, request: dict[str, Any], attempt: int) -> dict[str, Any] | None:
-        path = self._path(request, attempt)
-        if path is None or not path.is_file():
-            return None
-        with suppress(OSError, ValueError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(kept, dict) and isinstance(kept.get("reply"), str) and isinstance(kept.get("model"), str):
-                return kept
-        return None
-
-    def _keep(self, request: dict[str, Any], attempt: int, kept: dict[str, Any]) -> None:
-        if path := self._path(request, attempt):
+    def _keep(self, path: Path | None, request: dict[str, Any], kept: dict[str, Any]) -> None:
+        if path is not None:
             record = {**kept, "rubric": self.rubric.name, "endpoint": self.judge._endpoint(), "request": request}
             write_text(path, json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def _recall(path: Path | None) -> dict[str, Any] | None:
+    """A reply that was kept, and is whole."""
+    with suppress(RecordError):
+        kept = read_json(path) if path else {}
+        if isinstance(kept.get("reply"), str) and isinstance(kept.get("model"), str):
+            return kept
+    return None
+
+
+def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Have a judge mark a finished run's answers; the new summary. The judge's replies are kept in ``out/judge``.
+
+    Raises:
+        TaskError: a task without a rubric, no key, no client library, or a key or model that the endpoint refuses.
+        RecordError: a run that is not finished, or whose answers another judge has marked.
+    """
+    rubric = evaluation.task.marked_by()
+    record, summary = judge.to_dict(rubric), Folder(out).summary()
+    with claim(out, summary["settings"]) as folder:
+        earlier = verdicts_of(folder)
+        if earlier and (differing := differences(earlier["judge"], record)):
+            raise RecordError(
+                f"{out} holds the marks of another judge: {'; '.join(differing)}. Copy the folder without {VERDICTS}, "
+                "and have the copy marked"
+            )
+        kept = ("marks", "reply", "failure", "model")
+        verdicts = {
+            verdict.sample: {name: getattr(verdict, name) for name in kept}
+            for verdict in judge.mark(rubric, _answered(folder, samples))
+        }
+        write_json(out / VERDICTS, {"judge": record, "verdicts": verdicts})
+        summary |= evaluation.metric(folder)
+        write_json(out / SUMMARY, summary)
+        return summary
+
+
+def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> int:
+    """Write what ``mark`` would send to ``out/requests.jsonl``; how many requests."""
+    return judge.dry_run(evaluation.task.marked_by(), _answered(Folder(out), samples), out / "requests.jsonl")
+
+
+def _answered(folder: Folder, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
+    """The samples that were answered, with their answers."""
+    rows = rows_of(folder).read()
+    return [(sample, rows[sample.id].answer) for sample in samples if rows[sample.id].failure is None]
 
 
 def _library() -> Any:

@@ -15,14 +15,14 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmflow.evaluate.model_facts import ModelFacts
-from vlmflow.evaluate.runner import Job, Progress, R, collect
+from vlmflow.evaluate.runner import Job, R, Workers
 from vlmflow.evaluate.shards import Shard
 from vlmflow.models import VLM, load
 from vlmflow.records.files import RecordError
@@ -51,51 +51,30 @@ class Loading:
         return replace(load(self.path, self.device, self.dtype), name=self.name)
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(Workers):
     """So many workers with a model each, in the cluster that this process is connected to.
 
     ``gpus`` is what each has to itself; below one, workers share.
     """
 
-    workers: int
-    gpus: float
-    loading: Loading
+    def __init__(self, workers: int, gpus: float, loading: Loading) -> None:
+        self.workers, self.gpus, self.loading = workers, gpus, loading
+        self.where = {"device": "ray", "workers": workers, "gpus_per_worker": gpus}
 
-    def describe(self) -> ModelFacts:
-        """The model's facts, read off it on one of the machines that will run it.
-
-        Raises:
-            RecordError: it cannot be loaded there.
-        """
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """The model's, read off it on one of the machines that will run it."""
         import ray
 
         with _one_line():
             return ray.get(ray.remote(_describe).options(num_gpus=self.gpus).remote(self.loading))
 
-    def run(
-        self,
-        facts: ModelFacts,
-        job: Job[Any],
-        out: Path,
-        *,
-        batch_size: int,
-        samples: Sequence[Sample],
-        progress: Progress,
-    ) -> dict[str, Any]:
-        """Do a job into a folder of the driver's (see ``collect``); the summary.
-
-        What a worker held that died is done by another, as often as that happens.
+    def make_rows(self, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
+        """The rows of shards, as workers finish them; what a worker held that died is done by another.
 
         Raises:
-            RecordError: also where a worker cannot load what it needs, or has other versions, weights or samples.
+            RecordError: a worker cannot load what it needs, or has other versions, weights or samples.
         """
-        make_rows = partial(self._make_rows, job, job.settings(facts, samples))
-        where = {"device": "ray", "workers": self.workers, "gpus_per_worker": self.gpus}
-        return collect(job, facts, samples, make_rows, out, batch_size, where, progress)
-
-    def _make_rows(self, job: Job[R], settings: dict[str, Any], shards: Sequence[Shard]) -> Iterator[list[R]]:
-        """The rows of shards, as workers finish them."""
         import ray.data
 
         if not shards:
@@ -104,7 +83,7 @@ class Pool:
         with _one_line():
             done = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
                 Worker,
-                fn_constructor_args=(self.loading, job, settings),
+                fn_constructor_args=(self.loading, job, job.settings(self.facts, samples)),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(todo))),
                 num_gpus=self.gpus,
@@ -115,7 +94,7 @@ class Pool:
 
 
 class Worker:
-    """One actor of the pool, with a model of its own."""
+    """An actor of the pool, with a model."""
 
     def __init__(self, loading: Loading, job: Job[Any], settings: dict[str, Any]) -> None:
         self._vlm, self._job, self._samples = loading.load(), job, job.samples()

@@ -89,19 +89,19 @@ def _other_layers(geometry: Geometry, tokens: int, ks: tuple[int, ...], unit: Fr
 
     if fits(ks):
         return ""
-    found = []
+    fitting = []
     for i, (name, _) in enumerate(_named(ks)):
         values = [str(k) for k in range(1, geometry.layers) if fits((*ks[:i], k, *ks[i + 1 :]))]
-        found.append(f"{name} = {' or '.join(values)}" if values else f"fits no {name}")
-    return f"{what} {printed}: {', '.join(found)}"
+        fitting.append(f"{name} = {' or '.join(values)}" if values else f"fits no {name}")
+    return f"{what} {printed}: {', '.join(fitting)}"
 
 
 def _other_sizes(geometry: Geometry, cells: Sequence[tuple[tuple[int, ...], str]]) -> str:
-    found = []
+    fitting = []
     for m in (geometry.intermediate, 2 * geometry.intermediate):
         sizes = range(8, 1025)
         for ks, printed in cells:
             model = replace(geometry, intermediate=m)
             sizes = [n for n in sizes if _prints(_halved_tflops(model, n, ks), printed)]
-        found.append(f"n = {sizes[0]} to {sizes[-1]} at m = {m}" if sizes else f"fits no n at m = {m}")
-    return f"TFLOPs {', '.join(printed for _, printed in cells)}: {', or '.join(found)}"
+        fitting.append(f"n = {sizes[0]} to {sizes[-1]} at m = {m}" if sizes else f"fits no n at m = {m}")
+    return f"TFLOPs {', '.join(printed for _, printed in cells)}: {', or '.join(fitting)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmflow.records.files import read_json
@@ -13,7 +13,7 @@ from vlmflow.tasks import Outcome, Picture, Sample
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one sample.
+    """A sample's answer, with what it cost.
 
     ``image_tokens`` gives, by layer, how many image tokens went on from there; ``tokens`` the prompt's tokens, of which
     ``question_tokens`` follow the last image; ``cost`` the pruned prefill's figures, and their shares of the unpruned
@@ -28,7 +28,7 @@ class Row:
     answer_tokens: int = 0
     tokens: int = 0
     question_tokens: int = 0
-    image_tokens: Mapping[int, int] | None = None
+    image_tokens: Mapping[int, int] = field(default_factory=dict)
     cost: Mapping[str, Any] | None = None
     failure: str | None = None
 
@@ -37,12 +37,22 @@ class Row:
         """The sample's id."""
         return self.sample.id
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What a prefill's cost hangs on: image tokens, text tokens, and those of them that follow the last image."""
+        image = self.image_tokens[0]
+        return image, self.tokens - image, self.question_tokens
+
+    def by_layer(self, n_layers: int) -> list[int]:
+        """How many image tokens entered each layer."""
+        return [self.image_tokens[max(n for n in self.image_tokens if n <= layer)] for layer in range(n_layers)]
+
     def outcome(self, verdict: tuple[float, ...] | None = None) -> Outcome:
         """What the task's figure is made from."""
         return Outcome(self.sample, self.answer, self.parsed, self.score, verdict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row in JSON's own types, with what of the sample the figures need."""
+        """The row in JSON's types, with what of the sample the figures need."""
         sample = self.sample
         held = {
             "images": [picture.name for picture in sample.images],
@@ -54,19 +64,9 @@ class Row:
         kept = {name: value for name, value in held.items() if value}
         if self.failure is not None:
             return {"id": sample.id, "prompt": self.prompt, "failed": self.failure, "sample": kept}
-        return {
-            "id": sample.id,
-            "prompt": self.prompt,
-            "answer": self.answer,
-            "parsed": self.parsed,
-            "score": self.score,
-            "answer_tokens": self.answer_tokens,
-            "tokens": self.tokens,
-            "question_tokens": self.question_tokens,
-            "image_tokens": {str(layer): count for layer, count in (self.image_tokens or {}).items()},
-            "cost": self.cost,
-            "sample": kept,
-        }
+        record = {name: getattr(self, name) for name in _WRITTEN}
+        record["image_tokens"] = {str(layer): count for layer, count in self.image_tokens.items()}
+        return {"id": sample.id, **record, "sample": kept}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Row:
@@ -82,9 +82,12 @@ class Row:
         )
         if "failed" in record:
             return cls(sample, record["prompt"], failure=record["failed"])
-        plain = ("prompt", "answer", "parsed", "score", "answer_tokens", "tokens", "question_tokens", "cost")
-        layers = {int(layer): count for layer, count in record["image_tokens"].items()}
-        return cls(sample, image_tokens=layers, **{name: record[name] for name in plain})
+        fields = {name: record[name] for name in _WRITTEN}
+        fields["image_tokens"] = {int(layer): count for layer, count in record["image_tokens"].items()}
+        return cls(sample, **fields)
+
+
+_WRITTEN = ("prompt", "answer", "parsed", "score", "answer_tokens", "tokens", "question_tokens", "image_tokens", "cost")
 
 
 def rows_of(folder: Folder) -> RowFile[Row]:

@@ -1,15 +1,16 @@
 """The one loop: rows are kept as they come, from whoever makes them, and summed up at the end.
 
-A `Job` says what is done: an evaluation (`Evaluation`), a study of the flow (`vlmflow.flow.study.Study`). It is done by
-this process (`run`), by those of one torchrun (`on_torchrun`) or by Ray's workers (`on_ray`); all keep their rows here.
+A `Job` says what is done: an evaluation (`Evaluation`), a study of the flow (`vlmflow.flow.study.Study`). Workers do
+it: this process (`Here`), those of one torchrun (`on_torchrun`) or Ray's (`on_ray`).
 """
 
 from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -41,7 +42,6 @@ class SampleRow(FileRow, Protocol):
 
 
 R = TypeVar("R", bound=SampleRow)
-RowMaker = Callable[[Sequence[Shard]], Iterator[list[R]]]  # the wanted rows of each shard, in whichever order they come
 Progress = Callable[[int, int, SampleRow | None], None]  # rows done, of how many, and the one that came; None to begin
 
 
@@ -55,21 +55,11 @@ class Job(Protocol[R]):
         ...
 
     def samples(self) -> list[Sample]:
-        """The samples.
-
-        Raises:
-            TaskError: what is wrong with the source.
-            RecordError: a sample that is none for this job.
-        """
+        """The samples; a ``ValueError`` where the source is wrong, or a sample is none for this job."""
         ...
 
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All that the rows depend on, in JSON's own types.
-
-        Raises:
-            TaskError: unknown prompt style or answer rule.
-            ValueError: what does not fit the model.
-        """
+        """All that the rows depend on, in JSON's types; a ``ValueError`` where it does not fit task or model."""
         ...
 
     def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
@@ -77,16 +67,41 @@ class Job(Protocol[R]):
         ...
 
     def sum_up(self, folder: OpenFolder, settings: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The summary of the rows in a folder, one a sample and in the samples' order.
-
-        Raises:
-            RecordError: nothing is left to sum up.
-        """
+        """The summary of the rows in a folder, which stand in the samples' order; a ``RecordError`` if none is left."""
         ...
 
 
-def unseen(done: int, total: int, row: SampleRow | None) -> None:
-    """The progress that nobody follows."""
+class Workers(ABC):
+    """Whoever makes rows, with one model or many alike; ``where`` says for the log who and how many they are."""
+
+    where: dict[str, Any]
+
+    @cached_property
+    @abstractmethod
+    def facts(self) -> ModelFacts:
+        """Their model's."""
+
+    @abstractmethod
+    def make_rows(self, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
+        """The wanted rows of each shard, in whichever order they come."""
+
+
+class Here(Workers):
+    """This process and its model."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm, device = vlm, vlm.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.where = {"device": str(device), "machine": name}
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """The model's."""
+        return ModelFacts.of(self.vlm)
+
+    def make_rows(self, job: Job[R], samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[R]]:
+        """One shard after the other."""
+        return job.make_rows(self.vlm, samples, shards)
 
 
 def run(
@@ -96,32 +111,23 @@ def run(
     *,
     batch_size: int = 8,
     samples: Sequence[Sample] | None = None,
-    progress: Progress = unseen,
+    progress: Progress = lambda done, total, row: None,
 ) -> dict[str, Any]:
     """Do a job into a folder, or go on where a run with the same settings stopped; the summary.
 
     ``samples`` saves loading them once more where many jobs share them. The rest is as in ``collect``.
     """
     samples = job.samples() if samples is None else samples
-    make_rows = partial(job.make_rows, vlm, samples)
-    return collect(job, ModelFacts.of(vlm), samples, make_rows, out, batch_size, machine(vlm), progress)
+    return collect(Here(vlm), job, out, batch_size=batch_size, samples=samples, progress=progress)
 
 
 def collect(
-    job: Job[R],
-    facts: ModelFacts,
-    samples: Sequence[Sample],
-    make_rows: RowMaker[R],
-    out: Path,
-    batch_size: int,
-    where: Mapping[str, Any],
-    progress: Progress = unseen,
+    workers: Workers, job: Job[R], out: Path, *, batch_size: int, samples: Sequence[Sample], progress: Progress
 ) -> dict[str, Any]:
     """Keep the rows as they come from wherever they are made, and sum them up; the summary.
 
     Shards are ``batch_size`` consecutive samples, left-padded. One that was cut short is asked whole again, so that
     a run that was killed ends as one that was not. Samples that failed are tried again when the run is started again.
-    ``where`` is for the log.
 
     Raises:
         TaskError: what is wrong with the source, the prompt style or the answer rule.
@@ -131,7 +137,7 @@ def collect(
     """
     if batch_size < 1:
         raise RecordError(f"batch_size must be at least 1, got {batch_size}")
-    settings = job.settings(facts, samples)
+    settings = job.settings(workers.facts, samples)
     with claim(out, settings) as folder:
         rows = RowFile(out / ROWS, job.row_type)
         known = {key for key, row in rows.read().items() if row.failure is None}
@@ -140,9 +146,9 @@ def collect(
         progress(done, len(samples), None)
         if shards:
             (out / SUMMARY).unlink(missing_ok=True)  # it would not be that of the rows to come
-            folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **where})
+            folder.log({"event": "start", "time": start, "done": done, "batch_size": batch_size, **workers.where})
         failures = 0
-        for made in make_rows(shards):
+        for made in workers.make_rows(job, samples, shards):
             rows.append(made)
             for row in made:
                 done += 1
@@ -154,13 +160,6 @@ def collect(
         if shards:
             folder.log({"event": "end", "time": time.time(), "done": done, "seconds": time.time() - start})
         rows.put_in_order([sample.id for sample in samples])
-        summary = job.sum_up(folder, folder.settings(), facts)
+        summary = job.sum_up(folder, folder.settings(), workers.facts)
         write_json(out / SUMMARY, summary)
         return json.loads(json.dumps(summary))
-
-
-def machine(vlm: VLM) -> dict[str, Any]:
-    """Where a model runs, for the log."""
-    device = vlm.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": str(device), "machine": name}

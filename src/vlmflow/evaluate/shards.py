@@ -1,4 +1,4 @@
-"""Consecutive samples that are asked in one padded batch, whoever asks, and their images in good time."""
+"""Consecutive samples that are answered in one padded batch, and their images, opened in good time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Shard:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Shard:
-        """From its fields in JSON's own types."""
+        """From its fields in JSON's types."""
         return cls(record["first"], record["end"], tuple(record["missing"]))
 
 

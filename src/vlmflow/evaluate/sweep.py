@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import Progress, run
-from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line, table_of
+from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line_of, table_of
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Task, Unpruned, find_pruners
 from vlmflow.pruners.outside import code_of
@@ -67,57 +67,50 @@ def sweep(
     *,
     samples: Sequence[Sample],
     batch_size: int = 8,
-    progress: Callable[[int, Cell], Progress],
+    progress: Callable[[str], Progress],
 ) -> list[Line]:
-    """Evaluate every cell in a folder of its own, go on where it stopped; write the table in three formats.
+    """Evaluate each cell in its folder, go on where it stopped; write the table in three formats.
 
-    ``evaluation``'s pruner is replaced by each cell's. ``out`` gets ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
+    ``evaluation``'s pruner is replaced by each cell's; ``progress`` follows a cell by its title. ``out`` gets
+    ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
 
     Raises:
         RecordError: a cell's folder holds another run.
         ValueError: a pruner or model that do not fit (see ``attach``).
     """
-    results: list[Result | None] = []
-    for number, cell in enumerate(cells):
+    results: dict[str, Result] = {}
+    for number, cell in enumerate(cells, 1):
         if cell.pruner is None:
-            results.append(None)
             continue
         origin = "no pruning" if cell.budget is None else f"budget {cell.budget:g} of the image tokens a layer"
-        if code := code_of(type(cell.pruner)):
-            origin = f"{code}; {origin}"
-        own = replace(evaluation, pruner=cell.pruner, pruner_from=origin)
-        folder = out / cell.folder
-        run(vlm, own, folder, batch_size=batch_size, samples=samples, progress=progress(number, cell))
-        results.append(Result.read(folder))
-    baseline = next(one for one in results if one is not None)
+        origin = "; ".join(filter(None, (code_of(type(cell.pruner)), origin)))
+        job = replace(evaluation, pruner=cell.pruner, pruner_from=origin)
+        folder, title = out / cell.folder, f"{cell.folder} ({number}/{len(cells)})"
+        run(vlm, job, folder, batch_size=batch_size, samples=samples, progress=progress(title))
+        results[cell.folder] = Result.read(folder)
+    baseline = results[cells[0].folder]
     lines = [
-        replace(line(result, baseline, cell.budget), folder=cell.folder)
-        if result
+        replace(line_of(results[cell.folder], baseline, cell.budget), folder=cell.folder)
+        if cell.pruner
         else Line(vlm.name, evaluation.task.name, cell.name, "", cell.budget, cell.folder, note=cell.refusal)
-        for cell, result in zip(cells, results, strict=True)
+        for cell in cells
     ]
-    common = {name: value for name, value in baseline.settings.items() if not name.startswith("pruner")}
     write_text(out / "sweep.csv", table_of(lines).csv())
-    write_json(out / "sweep.json", to_json(SweepRecord(common, lines)))
-    by_group = [(cell.folder, result) for cell, result in zip(cells, results, strict=True) if result]
-    parts = group_grid(by_group, f"{evaluation.task.title}: by part")
-    write_text(out / "sweep.md", _markdown(lines, parts, evaluation.task.title, common))
+    write_json(out / "sweep.json", to_json(SweepRecord(baseline.common, lines)))
+    title = evaluation.task.title
+    grids = [budget_grid(lines, title), group_grid(list(results.items()), f"{title}: by part")]
+    write_text(out / "sweep.md", _markdown(lines, filter(None, grids), baseline.common))
     return lines
 
 
-def sweep_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Table:
-    """The table of a sweep; without ``wide`` as it fits a terminal."""
-    return budget_grid(lines, f"{title}: every method at every budget", wide)
-
-
-def _markdown(lines: Sequence[Line], by_group: Table | None, title: str, settings: dict[str, Any]) -> str:
+def _markdown(lines: Sequence[Line], grids: Iterable[Table], settings: dict[str, Any]) -> str:
     built_with = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     what = (
         f"Model {settings['model']} ({settings['dtype']}, weights {settings['weights'][:12]}), "
         f"{settings['samples']['count']} samples, prompt style {settings['prompt']}, answer rule {settings['rule']}, "
         f"greedy, at most {settings['max_new_tokens']} new tokens; {built_with}."
     )
-    refusals = "".join(f"- {own.note}\n" for own in lines if own.note)
-    grids = [grid.markdown() for grid in (sweep_grid(lines, title), by_group) if grid is not None]
-    parts = [grids[0], refusals, *grids[1:], what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
+    refusals = "".join(f"- {line.note}\n" for line in lines if line.note)
+    by_budget, *by_group = (grid.markdown() for grid in grids)
+    parts = [by_budget, refusals, *by_group, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

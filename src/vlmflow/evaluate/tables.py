@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ COSTS = (
     "unpruned run on the same samples, paired."
 )
 _MISSING = "-"
+Key = tuple[str, str, str]  # of a reported line: model, method with its fields where needed, task
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,18 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """A run's folder.
-
-        Raises:
-            RecordError: it is not finished, or broken.
-        """
+        """A run's folder; a ``RecordError`` where it is not finished, or broken."""
         return cls(path, from_json(EvaluationSummary, Folder(path).summary(), path / SUMMARY))
 
     @property
     def settings(self) -> dict[str, Any]:
         """What was evaluated, and how."""
         return self.summary.settings
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The settings that runs of other pruners share."""
+        return {name: value for name, value in self.settings.items() if not name.startswith("pruner")}
 
     @property
     def task(self) -> Task:
@@ -63,14 +66,6 @@ class Result:
         """The pruner's fields, short."""
         return " ".join(f"{name}={_short(value)}" for name, value in self.settings["pruner"].items() if name != "name")
 
-    def not_comparable(self, other: Result) -> list[str]:
-        """What differs between two runs beside the pruner."""
-        ours, theirs = (
-            {name: value for name, value in one.settings.items() if not name.startswith("pruner")}
-            for one in (other, self)
-        )
-        return differences(ours, theirs)
-
     def cost(self, measure: str, pruned: bool = True) -> float | None:
         """A measure of `Cost.table`, in the mean over samples."""
         cost = self.summary.cost
@@ -84,23 +79,21 @@ class Result:
         return None if self.summary.cost is None else self.summary.cost["shares"][measure]
 
 
-def line(result: Result, baseline: Result | None = None, budget: float | None = None) -> Line:
-    """A run, compared with the unpruned one where there is one like it.
+def line_of(result: Result, baseline: Result | None = None, budget: float | None = None) -> Line:
+    """A run, compared with the unpruned run of the same settings, if there is one.
 
     ``p`` is McNemar's exact one where scores are right or wrong, else the paired bootstrap's.
     """
     metric, samples = result.summary.metric or {}, result.summary.samples
     low, high = metric.get("interval") or (None, None)
-    difference, note = None, ""
+    loss: dict[str, Any] = {}
+    note = ""
     if baseline is not None and baseline.path != result.path:
-        if other := result.not_comparable(baseline):
-            note = f"not compared with the unpruned run: {other[0]}"
+        if differing := differences(baseline.common, result.common):
+            note = f"not compared with the unpruned run: {differing[0]}"
         else:
-            difference = compare(baseline, result)
-    delta, p, bounds = None, None, (None, None)
-    if difference is not None:
-        delta, bounds = difference["difference"], difference["interval"] or bounds
-        p = difference["p_bootstrap"] if difference["p_mcnemar"] is None else difference["p_mcnemar"]
+            loss = compare(baseline, result) or {}
+    difference_low, difference_high = loss.get("interval") or (None, None)
     return Line(
         model=result.settings["model"],
         task=result.settings["task"],
@@ -112,10 +105,10 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
         value=metric.get("value"),
         low=low,
         high=high,
-        difference=delta,
-        difference_low=bounds[0],
-        difference_high=bounds[1],
-        p=p,
+        difference=loss.get("difference"),
+        difference_low=difference_low,
+        difference_high=difference_high,
+        p=loss.get("p_bootstrap") if loss.get("p_mcnemar") is None else loss["p_mcnemar"],
         mean_image_tokens=result.cost("mean_image_tokens"),
         mean_image_tokens_share=result.share("mean_image_tokens"),
         eq10_flops=result.cost("paper_flops"),
@@ -133,12 +126,14 @@ def line(result: Result, baseline: Result | None = None, budget: float | None = 
 
 def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
     """`Task.compare` on the samples that both have answered, None where there is none."""
-    pair = [{own.sample.id: own for own in outcomes_of(Folder(one.path))} for one in (baseline, result)]
-    both = [key for key in pair[0] if key in pair[1]]
+    first, second = (
+        {outcome.sample.id: outcome for outcome in outcomes_of(Folder(run.path))} for run in (baseline, result)
+    )
+    both = [key for key in first if key in second]
     if not both:
         return None
-    first, second = ([outcomes[key] for key in both] for outcomes in pair)
-    return result.task.compare(first, second, result.settings["seed"])
+    seed = result.settings["seed"]
+    return result.task.compare([first[key] for key in both], [second[key] for key in both], seed)
 
 
 def table_of(lines: Sequence[Line]) -> Table:
@@ -146,43 +141,43 @@ def table_of(lines: Sequence[Line]) -> Table:
     return Table(list(Line.__dataclass_fields__), [list(vars(line).values()) for line in lines])
 
 
-def budget_grid(lines: Sequence[Line], title: str, wide: bool) -> Table:
+_WIDE = ("p", "a layer", "fields", "of them")  # columns that a terminal has no room for
+
+
+def budget_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Table:
     """Method by budget: the figure, what it lost, and what it cost by every convention; ``wide`` with all columns."""
-    columns: dict[str, list[str]] = {}
-    figure = next((own.figure for own in lines if own.figure), "figure")
-    for own in lines:
-        counts = {"failed": own.failed, "unparsed": own.unparsed, "unmarked": own.excluded}
-        cells = {
-            "method": own.method,
-            "budget": _number(own.budget, ".0%"),
-            figure: _with_interval(own.value, own.low, own.high),
-            "Δ": _with_interval(own.difference, own.difference_low, own.difference_high, "+.1f"),
-            "p": _number(own.p, ".2g"),
-            "a layer": _number(own.mean_image_tokens, ".1f"),
-            "of all": _number(own.mean_image_tokens_share, ".1%"),
-            "Eq. 10": _number(own.eq10_share, ".1%"),
-            "exact": _number(own.exact_share, ".1%"),
-            "KV": _number(own.kv_share, ".1%"),
-            "fields": own.fields,
+    rows = []
+    figure = next((line.figure for line in lines if line.figure), "figure")
+    for line in lines:
+        counts = {"failed": line.failed, "unparsed": line.unparsed, "unmarked": line.excluded}
+        row = {
+            "method": line.method,
+            "budget": _number(line.budget, ".0%"),
+            figure: _number(line.value, ".1f", line.low, line.high),
+            "Δ": _number(line.difference, "+.1f", line.difference_low, line.difference_high),
+            "p": _number(line.p, ".2g"),
+            "a layer": _number(line.mean_image_tokens, ".1f"),
+            "of all": _number(line.mean_image_tokens_share, ".1%"),
+            "Eq. 10": _number(line.eq10_share, ".1%"),
+            "exact": _number(line.exact_share, ".1%"),
+            "KV": _number(line.kv_share, ".1%"),
+            "fields": line.fields,
             "of them": ", ".join(f"{count} {name}" for name, count in counts.items() if count),
         }
-        for name, cell in cells.items():
-            columns.setdefault(name, []).append(cell)
-    if not wide:
-        columns = {name: cells for name, cells in columns.items() if name not in ("p", "a layer", "fields", "of them")}
-    return Table(list(columns), list(zip(*columns.values(), strict=True)), title)
+        rows.append({name: cell for name, cell in row.items() if wide or name not in _WIDE})
+    return Table(list(rows[0]), [list(row.values()) for row in rows], f"{title}: every method at every budget")
 
 
 def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Table | None:
     """The figure of every part of a benchmark, a column a labelled run; None where the benchmark has no parts."""
-    columns = [one.task.parts(outcomes_of(Folder(one.path)), one.settings["seed"]) for _, one in results]
+    columns = [run.task.parts(outcomes_of(Folder(run.path)), run.settings["seed"]) for _, run in results]
     groups = list(dict.fromkeys(group for parts in columns for group in parts))
     if len(groups) < 2:
         return None
     rows = []
     for group in groups:
-        found = [parts.get(group) for parts in columns]
-        rows.append((group, *(_with_interval(part.value, part.low, part.high) if part else _MISSING for part in found)))
+        parts = [column.get(group) for column in columns]
+        rows.append((group, *(_number(part.value, ".1f", part.low, part.high) if part else _MISSING for part in parts)))
     return Table(["", *(label for label, _ in results)], rows, title)
 
 
@@ -192,21 +187,21 @@ def find_results(paths: Sequence[Path]) -> tuple[list[Result], dict[Path, str]]:
     Raises:
         RecordError: no such folder, or no run in it.
     """
-    found: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for path in paths:
         if not path.is_dir():
             raise RecordError(f"{path}: no such folder")
         below = sorted(settings.parent for settings in path.rglob(SETTINGS))
         if not below:
             raise RecordError(f"{path}: holds no results of vlmflow eval or sweep")
-        found |= dict.fromkeys(below)
+        folders |= dict.fromkeys(below)
     left_out: dict[Path, str] = {}
-    for path in found:
+    for path in folders:
         if not (path / SUMMARY).is_file():
             left_out[path] = "not finished"
         elif "experiment" in Folder(path).settings():
             left_out[path] = "an experiment of vlmflow flow"
-    return [Result.read(path) for path in found if path not in left_out], left_out
+    return [Result.read(path) for path in folders if path not in left_out], left_out
 
 
 @dataclass(frozen=True)
@@ -237,122 +232,107 @@ def report(results: Sequence[Result]) -> Report:
     """
     if not results:
         raise RecordError("no finished run of vlmflow eval or sweep to report")
-    cells: dict[tuple[str, str, str], Result] = {}
+    runs: dict[Key, Result] = {}
     labels = _labels(results)
-    for one in results:
-        key = (one.settings["model"], labels[one.path], one.settings["task"])
-        if key in cells:
-            other = cells[key]
-            why = one.not_comparable(other) or ["nothing else differs"]
+    for run in results:
+        key = (run.settings["model"], labels[run.path], run.settings["task"])
+        if (other := runs.setdefault(key, run)) is not run:
+            why = differences(other.common, run.common) or ["nothing else differs"]
             raise RecordError(
-                f"{other.path} and {one.path} are both {key[1]} of {key[0]} on {key[2]} ({why[0]}); report them apart"
+                f"{other.path} and {run.path} are both {key[1]} of {key[0]} on {key[2]} ({why[0]}); report them apart"
             )
-        cells[key] = one
-    baselines = {(model, task): one for (model, _, task), one in cells.items() if one.method == "none"}
-    lines = {key: line(one, baselines.get((key[0], key[2]))) for key, one in cells.items()}
+    unpruned = {(model, task): run for (model, _, task), run in runs.items() if run.method == "none"}
+    lines = {key: line_of(run, unpruned.get((key[0], key[2]))) for key, run in runs.items()}
     grids = []
     for preset, title in _FORMS.items():
-        own = {key: lines[key] for key, one in cells.items() if one.task.preset == preset}
-        if own:
-            grids += [_scores(own, title), _losses(own, title)]
+        of_preset = {key: lines[key] for key, run in runs.items() if run.task.preset == preset}
+        if of_preset:
+            grids += [_scores(of_preset, title), _losses(of_preset, title)]
     notes = ["**A model's best figure**, _its cheapest method_.", COSTS]
-    notes += [f"{own.folder}: {own.failed} samples failed" for own in lines.values() if own.failed]
-    notes += [f"{own.folder}: {own.unparsed} answers unparsed" for own in lines.values() if own.unparsed]
-    notes += [f"{own.folder}: {own.excluded} answers unmarked" for own in lines.values() if own.excluded]
-    notes += [f"{own.folder}: {own.note}" for own in lines.values() if own.note]
+    losses = {"failed": "samples failed", "unparsed": "answers unparsed", "excluded": "answers unmarked"}
+    for count, what in losses.items():
+        notes += [f"{row.folder}: {getattr(row, count)} {what}" for row in lines.values() if getattr(row, count)]
+    notes += [f"{row.folder}: {row.note}" for row in lines.values() if row.note]
     return Report(tuple(grid for grid in grids if grid.rows), tuple(lines.values()), tuple(notes))
 
 
 def _labels(results: Sequence[Result]) -> dict[Path, str]:
     """A method's name, with its fields where a table would hold several of that name."""
-    several: dict[tuple[str, str, str], set[str]] = {}
-    for one in results:
-        several.setdefault((one.settings["model"], one.task.preset, one.method), set()).add(one.fields)
-    return {
-        one.path: f"{one.method} {one.fields}"
-        if len(several[one.settings["model"], one.task.preset, one.method]) > 1
-        else one.method
-        for one in results
-    }
+    places = {run.path: (run.settings["model"], run.task.preset, run.method) for run in results}
+    several = Counter(place for place, _ in {(places[run.path], run.fields) for run in results})
+    return {run.path: f"{run.method} {run.fields}" if several[places[run.path]] > 1 else run.method for run in results}
 
 
-def _scores(lines: dict[tuple[str, str, str], Line], title: str) -> Table:
-    tasks = list(dict.fromkeys(task for _, _, task in lines))
-    methods = _methods(lines)
-    costs = {key: _costs([own for (*row, _), own in lines.items() if tuple(row) == key]) for key in methods}
-    largest = max((cost[0] for cost in costs.values() if cost[0] is not None), default=0.0)
+def _scores(lines: Mapping[Key, Line], title: str) -> Table:
+    """Costs, and the figure of each task with the model's best one marked."""
+    methods, tasks = _methods(lines), _tasks(lines)
+    costs = {key: _costs([line for (*row, _), line in lines.items() if tuple(row) == key]) for key in methods}
+    largest = max((flops for flops, *_ in costs.values() if flops is not None), default=0.0)
     unit, scale = ("TFLOPs", 1e12) if largest >= 1e11 else ("GFLOPs", 1e9)
     header = ("model", "method", f"{unit} (Eq. 10)", "ratio", "exact ratio", *(_head(lines, task) for task in tasks))
     rows = []
     for model, method in methods:
         cells = [model, method]
         for i, cost in enumerate(costs[model, method]):
-            least = min((own[i] or 0.0 for (m, _), own in costs.items() if m == model), default=0.0)
+            least = min((others[i] or 0.0 for (m, _), others in costs.items() if m == model), default=0.0)
             text = _number(cost, ".0%") if i else _number(cost and cost / scale, ".2f")
             cells.append(f"_{text}_" if cost and cost == least else text)
         for task in tasks:
-            column = {key: own for key, own in lines.items() if (key[0], key[2]) == (model, task)}
-            own = column.get((model, method, task))
-            best = max((one.value for one in column.values() if one.value is not None), default=None)
-            text = _with_interval(own.value, own.low, own.high) if own else _MISSING
-            fair = not any(one.note for one in column.values())
-            cells.append(f"**{text}**" if own and fair and own.value is not None and own.value == best else text)
+            column = {key[1]: line for key, line in lines.items() if (key[0], key[2]) == (model, task)}
+            best = max((line.value for line in column.values() if line.value is not None), default=None)
+            fair = not any(line.note for line in column.values())
+            row = column.get(method)
+            text = _number(row.value, ".1f", row.low, row.high) if row else _MISSING
+            cells.append(f"**{text}**" if row and fair and row.value is not None and row.value == best else text)
         rows.append(tuple(cells))
     return Table(header, rows, title)
 
 
-def _head(lines: dict[tuple[str, str, str], Line], task: str) -> str:
-    figure = next((own.figure for (*_, t), own in lines.items() if t == task and own.figure), None)
+def _head(lines: Mapping[Key, Line], task: str) -> str:
+    figure = next((line.figure for (*_, name), line in lines.items() if name == task and line.figure), None)
     return f"{task} ({figure})" if figure else task
 
 
-def _losses(lines: dict[tuple[str, str, str], Line], title: str) -> Table:
+def _losses(lines: Mapping[Key, Line], title: str) -> Table:
     """Differences to the unpruned run."""
-    tasks = list(dict.fromkeys(task for _, _, task in lines))
     rows = []
     for model, method in _methods(lines):
-        own = [lines.get((model, method, task)) for task in tasks]
-        if any(one and one.difference is not None for one in own):
-            cells = [
-                f"{_with_interval(one.difference, one.difference_low, one.difference_high, '+.1f')}, p = {one.p:.2g}"
-                if one and one.difference is not None and one.p is not None
-                else _MISSING
-                for one in own
-            ]
+        cells = [_MISSING] * len(_tasks(lines))
+        for i, task in enumerate(_tasks(lines)):
+            line = lines.get((model, method, task))
+            if line and line.difference is not None and line.p is not None:
+                difference = _number(line.difference, "+.1f", line.difference_low, line.difference_high)
+                cells[i] = f"{difference}, p = {line.p:.2g}"
+        if any(cell != _MISSING for cell in cells):
             rows.append((model, method, *cells))
-    return Table(("model", "method", *tasks), rows, f"{title}: differences to the unpruned run")
+    return Table(("model", "method", *_tasks(lines)), rows, f"{title}: differences to the unpruned run")
 
 
-def _methods(lines: dict[tuple[str, str, str], Line]) -> list[tuple[str, str]]:
+def _tasks(lines: Mapping[Key, Line]) -> list[str]:
+    return list(dict.fromkeys(task for *_, task in lines))
+
+
+def _methods(lines: Mapping[Key, Line]) -> list[tuple[str, str]]:
     """Models in the order given, and of each the unpruned run first, then one method after the other."""
-    models = list(dict.fromkeys(model for model, *_ in lines))
-    names = {(model, method): own.method for (model, method, _), own in lines.items()}
-    order = ["none", *sorted({*names.values()} - {"none"}, key=list(dict.fromkeys(names.values())).index)]
-    return sorted(names, key=lambda key: (models.index(key[0]), order.index(names[key])))
+    names = {(model, label): line.method for (model, label, _), line in lines.items()}
+    models, methods = list(dict.fromkeys(model for model, _ in names)), list(dict.fromkeys(["none", *names.values()]))
+    return sorted(names, key=lambda key: (models.index(key[0]), methods.index(names[key])))
 
 
-def _costs(lines: Sequence[Line]) -> tuple[float | None, float | None, float | None]:
+def _costs(lines: Sequence[Line]) -> list[float | None]:
     """Eq. 10's FLOPs and both shares, in the mean over the tasks."""
-
-    def mean(values: list[float | None]) -> float | None:
-        held = [value for value in values if value is not None]
-        return sum(held) / len(held) if held else None
-
-    return (
-        mean([own.eq10_flops for own in lines]),
-        mean([own.eq10_share for own in lines]),
-        mean([own.exact_share for own in lines]),
-    )
+    means = []
+    for measure in ("eq10_flops", "eq10_share", "exact_share"):
+        known = [value for line in lines if (value := getattr(line, measure)) is not None]
+        means.append(sum(known) / len(known) if known else None)
+    return means
 
 
-def _with_interval(value: float | None, low: float | None, high: float | None, form: str = ".1f") -> str:
+def _number(value: float | None, form: str, low: float | None = None, high: float | None = None) -> str:
+    """A number, with its interval where that is known."""
     if value is None:
         return _MISSING
     return f"{value:{form}}" if low is None or high is None else f"{value:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def _number(value: float | None, form: str) -> str:
-    return _MISSING if value is None else f"{value:{form}}"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Models as they are asked: loaded whole, prompted in their own chat form, answered under a pruner."""
+"""Models: loaded whole, prompted by their chat template, answering under a pruner."""
 
 from vlmflow.core.images import ImageError, open_image
 from vlmflow.models.ask import Run, ask

@@ -43,7 +43,7 @@ class Run:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The run in JSON's own types."""
+        """The run in JSON's types."""
         return to_json(self.record())
 
 

@@ -33,7 +33,7 @@ def seen_images(inputs: dict[str, torch.Tensor], images: Sequence[Image.Image]) 
     if pixels is None or pixels.dim() != 4 or pixels.shape[0] != len(images):
         return list(images)
     sizes = inputs.get("image_sizes", [pixels.shape[2:]] * len(images))
-    return [_picture(own[:, :height, :width]) for own, (height, width) in zip(pixels, sizes, strict=True)]
+    return [_picture(image[:, :height, :width]) for image, (height, width) in zip(pixels, sizes, strict=True)]
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:

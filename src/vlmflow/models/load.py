@@ -16,8 +16,7 @@ from transformers.utils import logging
 
 from vlmflow.core.errors import one_line
 from vlmflow.core.geometry import GEOMETRIES, Geometry
-from vlmflow.models.own_code import needs_own_code
-from vlmflow.models.processors import load_processor
+from vlmflow.models.processors import load_processor, needs_own_code
 from vlmflow.models.vlm import VLM, ModelError
 from vlmflow.pico import MODEL_DIR
 
@@ -83,9 +82,8 @@ def _check_complete(name: str, report: Mapping[str, Collection[Any]]) -> None:
     ``report`` is transformers' loading info, whose missing tensors are those that are not tied to others.
     """
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    wrong = [
-        f"{key} is {_shape(found)}, not {_shape(wanted)}" for key, found, wanted in sorted(report["mismatched_keys"])
-    ]
+    shapes = [(key, "x".join(map(str, got)), "x".join(map(str, want))) for key, got, want in report["mismatched_keys"]]
+    wrong = [f"{key} is {got}, not {wanted}" for key, got, wanted in sorted(shapes)]
     if wrong:
         raise ModelError(f"cannot load {name!r}: {_counted(wrong)} of a wrong shape; get the checkpoint again")
     if missing:
@@ -99,16 +97,16 @@ def _check_complete(name: str, report: Mapping[str, Collection[Any]]) -> None:
 
 def _check_finite(name: str, model: nn.Module) -> None:
     weights = [(key, weight) for key, weight in model.named_parameters() if not weight.is_meta and weight.numel()]
-    broken = [key for key, weight in weights if weight.dtype in _FLOATS and not _is_finite(weight)]
+    broken = [
+        key
+        for key, weight in weights
+        if weight.dtype in _FLOATS and not all(math.isfinite(bound) for bound in torch.aminmax(weight.detach()))
+    ]
     if broken:
         raise ModelError(
             f"cannot load {name!r}: {_counted(broken)} with values that are not finite (nan or inf); "
             "get the checkpoint again, or load it in a wider dtype"
         )
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    return all(math.isfinite(bound) for bound in torch.aminmax(weight.detach()))
 
 
 def _counted(names: Sequence[str]) -> str:
@@ -117,15 +115,10 @@ def _counted(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{rest})"
 
 
-def _shape(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
-
-
 def device_named(name: str | None) -> str:
     """A device that works here; by default the first accelerator, else the CPU.
 
-    Raises:
-        ModelError: there is none of this name, or it holds no data, as torch's ``meta``.
+    A ``ModelError`` where there is none of this name, or it holds no data, as torch's ``meta``.
     """
     accelerator = torch.accelerator.current_accelerator()
     device = name or ("cpu" if accelerator is None else accelerator.type)
@@ -137,11 +130,7 @@ def device_named(name: str | None) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """A torch dtype.
-
-    Raises:
-        ModelError: there is none of this name, or it holds whole numbers only.
-    """
+    """A torch dtype, or a ``ModelError`` where there is none of this name, or it holds whole numbers only."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(f"dtype must be auto or a torch dtype such as bfloat16 or float32, got {name!r}")

@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import import_utils
-from transformers.utils.hub import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin, cached_file
 
 from vlmflow.core.errors import one_line
 from vlmflow.engine.backends import set_aside_broken_torchvision
-from vlmflow.models.own_code import needs_own_code, settings_of
+from vlmflow.records.files import read_json
 
 if TYPE_CHECKING:  # at run time it is imported once a broken torchvision is out of its way
     from transformers import ProcessorMixin
 
+SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 EXTRAS = {  # package -> the extra of ours that brings it
     "torchvision": "video",
     "num2words": "video",
@@ -57,8 +59,8 @@ def load_processor(path: str) -> ProcessorMixin:
         raise
     except (ImportError, ValueError) as error:
         raise ProcessorError(_reason(error)) from error
-    known = processor.tokenizer.encode("a", add_special_tokens=False)
-    if set(known) <= set(processor.tokenizer.all_special_ids):  # transformers makes an empty one of no file at all
+    ids = processor.tokenizer.encode("a", add_special_tokens=False)
+    if set(ids) <= set(processor.tokenizer.all_special_ids):  # transformers makes an empty one of no file at all
         raise ProcessorError("its tokenizer knows no text: tokenizer.json is missing; get the whole checkpoint")
     return processor
 
@@ -70,16 +72,15 @@ def _processor_class(path: str) -> Any:
         PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage] (5.23 defines it elsewhere than 5.0)
     )
 
-    name = next((kind for settings in settings_of(path) if (kind := settings.get("processor_class"))), None)
+    name = next((kind for settings in _settings(path) if (kind := settings.get("processor_class"))), None)
     if name is None:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
     if name is None:
         raise ProcessorError("it has no processor for images, so it is no image-text-to-text model")
     try:
-        found = getattr(transformers, name)
         # a class that is said to need torchvision comes as a placeholder, which knows where the class itself is
-        return getattr(_module(found.__module__), name)
+        return getattr(_module(getattr(transformers, name).__module__), name)
     except ImportError as error:
         raise ProcessorError(_reason(error)) from error
     except AttributeError as error:
@@ -137,6 +138,32 @@ def _for_images(kind: Any, path: str, videos_need: str) -> Any:
     return processor
 
 
+def needs_own_code(path: str) -> str:
+    """Why a checkpoint is refused that transformers knows only by code in it; names the files."""
+    entries = [entry for settings in _settings(path) for entry in settings.get("auto_map", {}).values()]
+    classes = [name for entry in entries for name in _strings(entry)]
+    files = sorted({name.rpartition(".")[0].replace("--", "/") + ".py" for name in classes})
+    return (
+        f"it needs code of its own ({', '.join(files) or 'none is named'}), and code of a checkpoint is never run; "
+        "take a version of it for transformers (many have -hf in their name)"
+    )
+
+
+def _strings(entry: Any) -> list[str]:
+    """The texts of a text, or of a list or table of texts and nulls."""
+    inside = entry.values() if isinstance(entry, dict) else [entry] if isinstance(entry, str) else entry or ()
+    return [text for text in inside if isinstance(text, str)]
+
+
+def _settings(path: str) -> Iterator[dict[str, Any]]:
+    """The settings files that a hub id or local folder has, as far as they can be read."""
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    lenient: dict[str, Any] = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    for name in SETTINGS:
+        if (file := cached_file(path, name, **lenient)) is not None:
+            yield read_json(Path(file))
+
+
 class NoVideos(PushToHubMixin):  # which transformers takes as the sign that a part can be written with its processor
     """What stands in for the video half of a processor, and refuses to be used."""
 
@@ -189,12 +216,9 @@ def _note(videos_need: str) -> None:
 
 def _reason(error: BaseException) -> str:
     """One line; a package that is not installed is named with the extra that brings it."""
-    chain: list[str] = []
-    cause: BaseException | None = error
+    text, cause = "", error
     while cause is not None:
-        chain.append(str(cause).lower())
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(chain)
+        text, cause = f"{text} {cause}".lower(), cause.__cause__ or cause.__context__
     if "unrecognized image processor" in text and not import_utils.is_torchvision_available():
         # so it is with Idefics3 in transformers 5.12, which does not say why
         return 'transformers finds no image processor for it; some need torchvision: pip install "vlmflow[video]"'

@@ -1,4 +1,4 @@
-"""A model with its processor: questions in its own chat form, greedy answers."""
+"""A model with its processor: questions in its chat template, greedy answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked: text about any number of images."""
+    """A prompt's text, and any number of images that it is about."""
 
     text: str
     images: tuple[Image.Image, ...] = ()
@@ -82,12 +82,7 @@ class VLM:
     def _text_options(self, prompts: Sequence[str]) -> dict[str, Any]:
         start = self.processor.tokenizer.bos_token
         started = start is not None and prompts[0].startswith(start)  # by the chat template; a second start would harm
-        return {
-            "padding": True,
-            "padding_side": "left",
-            "return_tensors": "pt",
-            "add_special_tokens": not started,
-        }
+        return {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": not started}
 
     def _prompt(self, question: Question) -> str:
         processor = self.processor
@@ -97,6 +92,10 @@ class VLM:
             return f"{processor.tokenizer.bos_token or ''}{question.text}\n"  # as its processor ends those with images
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """Greedy answers to questions, asked in one batch (see ``generate``)."""
+        return self.generate(self.encode(questions), max_new_tokens)
 
     def generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[Answer]:
         """Greedy answers to encoded questions.
@@ -115,9 +114,8 @@ class VLM:
 
     @property
     def _end_ids(self) -> list[int]:
-        config = self.model.generation_config
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        return [token for token in [*ends, config.pad_token_id] if token is not None]
+        ends, padding = self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id
+        return [token for token in [*(ends if isinstance(ends, list) else [ends]), padding] if token is not None]
 
 
 class FiniteLogits(LogitsProcessor):

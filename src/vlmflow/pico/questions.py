@@ -7,8 +7,10 @@ to ask of that kind. The "none" kinds ask for what is absent; they are what teac
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from vlmflow.pico.scenes import COLOUR_NAMES, NAMES, POPULAR, THEME_OF, THEMES, Scene, Thing
 
@@ -77,22 +79,16 @@ def _absent_colours(scene: Scene) -> list[str]:
     return [colour for colour in COLOUR_NAMES if colour not in present]
 
 
-def _one_of_a_name(rng: random.Random, scene: Scene) -> Thing | None:
-    """An object without a twin, so that "the cat" means one thing."""
-    names = [thing.name for thing in scene.things]
-    single = [thing for thing in scene.things if names.count(thing.name) == 1]
-    return rng.choice(single) if single else None
-
-
-def _one_of_a_colour(rng: random.Random, scene: Scene) -> Thing | None:
-    colours = [thing.colour for thing in scene.things]
-    single = [thing for thing in scene.things if colours.count(thing.colour) == 1]
+def _only_one(rng: random.Random, scene: Scene, by: Literal["name", "colour"]) -> Thing | None:
+    """An object without a twin, so that "the cat", or the object of a colour, means one thing."""
+    counts = Counter(getattr(thing, by) for thing in scene.things)
+    single = [thing for thing in scene.things if counts[getattr(thing, by)] == 1]
     return rng.choice(single) if single else None
 
 
 def _place(rng: random.Random, scene: Scene) -> tuple[Thing, str] | None:
     """An object without a twin and clear of the midlines, and the quarter that it lies in."""
-    thing, middle = _one_of_a_name(rng, scene), scene.canvas / 2
+    thing, middle = _only_one(rng, scene, "name"), scene.canvas / 2
     if thing is None or min(abs(c - middle) for c in thing.centre) < MIDLINE_MARGIN * scene.canvas:
         return None
     x, y = thing.centre
@@ -147,7 +143,7 @@ def exist_colour(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def colour(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The colour of an object."""
-    thing = _one_of_a_name(rng, scene)
+    thing = _only_one(rng, scene, "name")
     return thing and _ask("colour", f"What color is the {thing.name}?", thing.colour)
 
 
@@ -158,7 +154,7 @@ def colour_none(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def identity(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The object of a colour."""
-    thing = _one_of_a_colour(rng, scene)
+    thing = _only_one(rng, scene, "colour")
     return thing and _ask("identity", f"Which object is {thing.colour}?", thing.name)
 
 
@@ -170,8 +166,8 @@ def identity_none(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The quarter of the picture in which an object lies."""
-    found = _place(rng, scene)
-    return found and _ask("position", f"Where is the {found[0].name}?", found[1])
+    placed = _place(rng, scene)
+    return placed and _ask("position", f"Where is the {placed[0].name}?", placed[1])
 
 
 def count(rng: random.Random, scene: Scene) -> SceneQuestion | None:
@@ -185,7 +181,7 @@ def count(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def choice_colour(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The colour of an object, of four."""
-    thing = _one_of_a_name(rng, scene)
+    thing = _only_one(rng, scene, "name")
     if thing is None:
         return None
     wrong = rng.sample([colour for colour in COLOUR_NAMES if colour != thing.colour], 3)
@@ -200,11 +196,12 @@ def choice_identity(rng: random.Random, scene: Scene) -> SceneQuestion | None:
 
 def choice_position(rng: random.Random, scene: Scene) -> SceneQuestion | None:
     """The quarter in which an object lies, of four."""
-    found = _place(rng, scene)
-    if found is None:
+    placed = _place(rng, scene)
+    if placed is None:
         return None
-    wrong = [place for place in PLACES if place != found[1]]
-    return _choice(rng, "choice_position", f"Where is the {found[0].name}?", found[1], wrong)
+    thing, right = placed
+    wrong = [place for place in PLACES if place != right]
+    return _choice(rng, "choice_position", f"Where is the {thing.name}?", right, wrong)
 
 
 def choice_knowledge(rng: random.Random, scene: Scene) -> SceneQuestion | None:

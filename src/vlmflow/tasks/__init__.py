@@ -24,15 +24,4 @@ TASKS: dict[str, Task] = {
     )
 }  # fmt: skip
 
-__all__ = [
-    "TASKS",
-    "Hub",
-    "Metric",
-    "Outcome",
-    "Picture",
-    "Rubric",
-    "Sample",
-    "Source",
-    "Task",
-    "TaskError",
-]
+__all__ = ["TASKS", "Hub", "Metric", "Outcome", "Picture", "Rubric", "Sample", "Source", "Task", "TaskError"]

@@ -49,7 +49,7 @@ def letter(text: str, sample: Sample) -> str | None:
         *re.findall(rf"[(\[]([{known}])[)\]]", text),
         *re.findall(rf"(?<![\w'])([{known}])[.:)](?!\w)", text),
         *re.findall(rf"\b(?i:answer|option|choice)\s*(?:(?i:is)\b|:)?\s*([{known}])\b{_NO_ARTICLE}", text),
-        *(found.upper() for found in re.findall(rf"\A\s*[(\[]?([{known.lower()}])[)\].:](?!\w)", text)),
+        *(small.upper() for small in re.findall(rf"\A\s*[(\[]?([{known.lower()}])[)\].:](?!\w)", text)),
     }
     bare = set(re.findall(rf"(?<![\w'])([{known}])(?![\w']){_NO_ARTICLE}", text))
     spoken = _choice_in_words(text, sample)
@@ -63,8 +63,8 @@ def letter(text: str, sample: Sample) -> str | None:
 
 def _alone(text: str, known: str) -> str | None:
     """The letter, in either case, that the text is."""
-    found = re.fullmatch(rf"[(\[]?([{known}])[)\].:]*", text.strip().strip("*`\"'").strip(), re.IGNORECASE)
-    return found and found[1].upper()
+    match = re.fullmatch(rf"[(\[]?([{known}])[)\].:]*", text.strip().strip("*`\"'").strip(), re.IGNORECASE)
+    return match and match[1].upper()
 
 
 def _declared(text: str, sample: Sample) -> set[str]:
@@ -83,7 +83,7 @@ def _declared(text: str, sample: Sample) -> set[str]:
     second = rf"{between}([{known}])\b(?:[.:)\]]|[ \t]*(?:[;!?\n]|\Z))"
     pattern = rf"{_STATED}([{known}]\b{_NO_ARTICLE}|{small})(?![)\]*\"']*\s*\?)(?:{second})?"
     stated = re.findall(pattern, text)
-    if finals := [found for found in stated if found[0]]:
+    if finals := [groups for groups in stated if groups[0]]:
         stated = finals
     if stated:
         return {named.upper() for _, *both in stated for named in both if named}
@@ -129,8 +129,8 @@ def letter_llava(text: str, sample: Sample) -> str | None:
     """
     if re.match(r"[A-E]\. ", text):
         return letter_strict(text[0], sample)
-    found = re.findall(r"The answer is ([A-Z]).", text)
-    return letter_strict(found[0] if len(found) == 1 else text, sample)
+    stated = re.findall(r"The answer is ([A-Z]).", text)
+    return letter_strict(stated[0] if len(stated) == 1 else text, sample)
 
 
 LETTER_RULES: dict[str, Rule] = {

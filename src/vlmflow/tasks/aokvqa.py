@@ -8,20 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES
-from vlmflow.tasks.core import Task, accuracy, right
+from vlmflow.tasks.core import Task
 from vlmflow.tasks.prompts import option_letter, options
 from vlmflow.tasks.sample import Sample, TaskError
-from vlmflow.tasks.sources import (
-    Hub,
-    Record,
-    Source,
-    find_file,
-    read_hub,
-    read_list,
-    read_tsv,
-    tsv_choices,
-    tsv_letter,
-)
+from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub, read_list, read_tsv, tsv_choices_and_answer
 
 HUB = Hub("HuggingFaceM4/A-OKVQA", split="validation")
 
@@ -33,33 +23,28 @@ def load(source: Source) -> Iterator[Sample]:
     test split has no public answers.
     """
     if source.path is None:
-        for row in read_hub(HUB, source):
-            yield from_hub(row)
+        yield from map(from_hub, read_hub(HUB, source))
         return
     path = find_file(source.path, f"aokvqa_v1p0_{source.split or 'val'}.json")
     if path.suffix == ".tsv":
         for row in read_tsv(path):
-            choices = tsv_choices(row)
-            yield _sample(row, row.text("index"), choices, tsv_letter(row, choices))
+            yield _sample(row, row.text("index"), *tsv_choices_and_answer(row))
         return
     above = source.images or path.parent
     for row in read_list(path):
         folders = [above, above / f"{row.text('split')}2017"]
-        picture = row.image_in(folders, f"{row.number('image_id'):012}.jpg")
-        yield from_hub(Record(row.origin, row.fields, picture))
+        yield from_hub(row.with_image(folders, f"{row.number('image_id'):012}.jpg"))
 
 
 def from_hub(row: Record) -> Sample:
     """A row of the hub's data set, or of the official file."""
-    choices = row.choices()
     if row.fields.get("correct_choice_idx") is None:
         raise TaskError(f"{row.origin}: no 'correct_choice_idx'; the test split has no public answers")
-    return _sample(row, row.text("question_id"), choices, row.letter("correct_choice_idx", len(choices)))
+    return _sample(row, row.text("question_id"), *row.choices_and_answer("correct_choice_idx"))
 
 
 def _sample(row: Record, key: str, choices: tuple[str, ...], answer: str) -> Sample:
-    question = row.text("question")
-    return Sample(key, (row.image(),), question, choices=choices, answer=answer, origin=row.origin)
+    return row.sample(key, question=row.text("question"), choices=choices, answer=answer)
 
 
 def paper_prompt(sample: Sample) -> str:
@@ -89,9 +74,5 @@ AOKVQA = Task(
     load=load,
     prompts={"paper": paper_prompt, "llava": option_letter, "fastv": fastv_prompt},
     rules={**LETTER_RULES, "fastv": fastv_rule},
-    score=right,
-    measure=accuracy,
-    max_new_tokens=16,
-    preset="qa",
     hub=HUB,
 )

@@ -1,4 +1,4 @@
-"""CIDEr-D for image captions, with Penn Treebank tokenisation; pure Python, no Java."""
+"""The figure of the caption benchmarks: CIDEr-D with Penn Treebank tokenisation; pure Python, no Java."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+
+from vlmflow.tasks.core import Metric, Outcome, mean_score
 
 ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
@@ -53,6 +55,16 @@ _TOKEN = re.compile(
 _QUOTES_AND_STOPS = re.compile(r"['\"`.,:;-]+|[?!]")
 
 
+def cider(outcomes: Sequence[Outcome]) -> Metric:
+    """CIDEr-D, a hundredfold as papers print it, over these images alone; an empty caption scores 0.
+
+    The groups' values are means of the same scores, not CIDEr of the group alone.
+    """
+    captions = [tokenize(outcome.parsed or "") for outcome in outcomes]
+    references = [[tokenize(text) for text in outcome.sample.references] for outcome in outcomes]
+    return mean_score("CIDEr", cider_d(captions, references), outcomes, tokenizer=TOKENIZER)
+
+
 def tokenize(caption: str) -> list[str]:
     """Penn Treebank tokens of a caption: lower case, without quotes, stops, commas, colons and dashes.
 
@@ -88,29 +100,28 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
     """
     if len(candidates) != len(references):
         raise ValueError(f"cider_d: {len(candidates)} captions for {len(references)} images")
-    for number, own in enumerate(references):
-        if not own:
-            raise ValueError(f"cider_d: image {number} has no references")
     seen: Counter[tuple[str, ...]] = Counter()
-    for own in references:
-        seen.update({gram for reference in own for order in ORDERS for gram in _grams(reference, order)})
+    for number, texts in enumerate(references):
+        if not texts:
+            raise ValueError(f"cider_d: image {number} has no references")
+        seen.update({gram for text in texts for order in ORDERS for gram in _grams(text, order)})
     n_images = math.log(max(1, len(references)))
 
     def weigh(tokens: Sequence[str], order: int) -> dict[tuple[str, ...], float]:
         counts = _grams(tokens, order)
         return {gram: n * (n_images - math.log(max(1, seen[gram]))) for gram, n in counts.items()}
 
-    def image_score(candidate: Sequence[str], own: Sequence[Sequence[str]]) -> float:
+    def image_score(candidate: Sequence[str], texts: Sequence[Sequence[str]]) -> float:
         ours = [weigh(candidate, order) for order in ORDERS]
         total = 0.0
-        for reference in own:
-            gap = len(candidate) - len(reference)
+        for text in texts:
+            gap = len(candidate) - len(text)
             near = math.exp(-(gap**2) / (2 * SIGMA**2))
-            theirs = [weigh(reference, order) for order in ORDERS]
+            theirs = [weigh(text, order) for order in ORDERS]
             total += near * sum(map(_similarity, ours, theirs)) / len(ORDERS)
-        return 10 * total / len(own)
+        return 10 * total / len(texts)
 
-    return [image_score(candidate, own) for candidate, own in zip(candidates, references, strict=True)]
+    return list(map(image_score, candidates, references))
 
 
 def _grams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar
-from vlmflow.tasks.answers import Rule
+from vlmflow.tasks.answers import Rule, words
 from vlmflow.tasks.prompts import SAME_TEXT, Prompt
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Source
@@ -66,35 +67,70 @@ class Metric:
     name: str
     numerator: np.ndarray
     denominator: np.ndarray
-    details: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
     scale: float = 100.0
 
     @classmethod
-    def mean(cls, name: str, scores: np.ndarray, details: dict[str, Any]) -> Metric:
+    def mean(cls, name: str, scores: np.ndarray) -> Metric:
         """The mean of scores, one an outcome; nan where it is left out."""
-        return cls(name, scores, np.where(np.isnan(scores), np.nan, 1.0), details)
-
-    @property
-    def value(self) -> float:
-        """The figure of all outcomes that are not left out."""
-        return self.scale * float(np.nansum(self.numerator) / np.nansum(self.denominator))
+        return cls(name, scores, np.where(np.isnan(scores), np.nan, 1.0))
 
     @property
     def counted(self) -> np.ndarray:
         """True for the outcomes that are not left out."""
         return ~np.isnan(self.numerator)
 
+    @property
+    def value(self) -> float | None:
+        """The figure of all outcomes that are not left out."""
+        return self.over(self.counted)
+
+    def over(self, chosen: np.ndarray) -> float | None:
+        """The figure of the chosen outcomes; None where none counts."""
+        chosen = chosen & self.counted
+        if not chosen.any():
+            return None
+        return self.scale * float(self.numerator[chosen].sum() / self.denominator[chosen].sum())
+
+    def by_group(self, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+        """The figure of each group, by name."""
+        groups = groups_of(outcomes)
+        return {name: self.over(groups == name) for name in sorted(set(groups.tolist()))}
+
     def estimate(self, chosen: np.ndarray, images: np.ndarray, seed: int) -> Interval | None:
         """The figure of the chosen outcomes with its 95 % interval; None where none counts."""
-        if not self.denominator[chosen].sum():
+        chosen = chosen & self.counted
+        if not chosen.any():
             return None
         columns = np.stack([self.numerator[chosen], self.denominator[chosen]], 1)
         return Resampled.sums(columns, images[chosen], seed).interval(_ratio).times(self.scale)
 
 
+def right(parsed: str | None, sample: Sample) -> float:
+    """1 for the sample's answer, else 0."""
+    return float(parsed is not None and parsed == sample.answer)
+
+
+def unscored(parsed: str | None, sample: Sample) -> None:
+    """No score for one answer alone: captions are weighed by the whole set, open answers marked by a judge."""
+
+
+def mean_score(name: str, scores: Sequence[float | None], outcomes: Sequence[Outcome], **details: Any) -> Metric:
+    """The mean score, and the same of every group if there are several."""
+    metric = Metric.mean(name, np.array(scores, float))
+    groups = metric.by_group(outcomes)
+    metric.details.update(details, **{"groups": groups} if len(groups) > 1 else {})
+    return metric
+
+
+def accuracy(outcomes: Sequence[Outcome]) -> Metric:
+    """The share of right answers, and the same of every group if there are several."""
+    return mean_score("accuracy", [outcome.score for outcome in outcomes], outcomes)
+
+
 @dataclass(frozen=True)
 class Task:
-    """A benchmark, whole.
+    """A benchmark, whole; by default a question has one right answer, and the figure is the share of right ones.
 
     ``prompts`` and ``rules`` hold the prompt styles and answer rules by name; the first of each is the default.
     ``measure`` makes the benchmark's figure of the outcomes.
@@ -106,10 +142,10 @@ class Task:
     load: Callable[[Source], Iterator[Sample]]
     prompts: Mapping[str, Prompt]
     rules: Mapping[str, Rule]
-    score: Callable[[str | None, Sample], float | None]
-    measure: Callable[[Sequence[Outcome]], Metric]
-    max_new_tokens: int
-    preset: Literal["qa", "caption"]
+    score: Callable[[str | None, Sample], float | None] = right
+    measure: Callable[[Sequence[Outcome]], Metric] = accuracy
+    max_new_tokens: int = 16
+    preset: Literal["qa", "caption"] = "qa"
     hub: Hub | None = None
     rubric: Rubric | None = None
 
@@ -134,48 +170,33 @@ class Task:
     def describe(self, source: Source | None = None) -> dict[str, str]:
         """What a source means for this task, for records."""
         source = source or Source()
-        others = {"images": source.images, "split": source.split, "revision": source.revision}
-        where: dict[str, object] = {"path": source.path}
+        where: dict[str, object] = {"path": source.path, "images": source.images, "split": source.split}
         if source.path is None and self.hub:
-            meant = self.hub.resolve(source)
-            where = {"dataset": meant.id, "config": meant.config}
-            others["split"] = meant.split
-        return {name: str(value) for name, value in {**where, **others}.items() if value is not None}
+            hub = self.hub.resolve(source)
+            where = {"dataset": hub.id, "config": hub.config, "images": source.images, "split": hub.split}
+        return {name: str(value) for name, value in {**where, "revision": source.revision}.items() if value is not None}
 
     def marked_by(self) -> Rubric:
-        """The rubric by which a judge marks the answers.
-
-        Raises:
-            TaskError: it needs none.
-        """
+        """The rubric by which a judge marks the answers, or a ``TaskError`` where none is needed."""
         if self.rubric is None:
             raise TaskError(f"{self.name} is scored by its rules and needs no judge; leave the judge out")
         return self.rubric
 
     def style(self, name: str | None = None) -> str:
-        """The prompt style that a name means here: lmms-eval's is LLaVA's where it has no text of its own, and so on.
+        """The prompt style that a name means here: lmms-eval's is LLaVA's where it is no other text, and so on.
 
-        Raises:
-            TaskError: unknown style.
+        An unknown style is a ``TaskError``.
         """
         if name is not None and name not in self.prompts:
             name = next((same for same in SAME_TEXT.get(name, ()) if same in self.prompts), name)
         return _known(self, "prompt style", self.prompts, name)
 
     def prompt(self, sample: Sample, style: str | None = None) -> str:
-        """The text that goes with the images.
-
-        Raises:
-            TaskError: unknown style.
-        """
+        """The text that goes with the images, in a style (see ``style``)."""
         return self.prompts[self.style(style)](sample)
 
     def parse(self, answer: str, sample: Sample, rule: str | None = None) -> str | None:
-        """The answer that a text gives, or None if it gives none.
-
-        Raises:
-            TaskError: unknown rule.
-        """
+        """The answer that a text gives, or None if it gives none; an unknown rule is a ``TaskError``."""
         return self.rules[_known(self, "answer rule", self.rules, rule)](answer, sample)
 
     def outcome(
@@ -215,10 +236,8 @@ class Task:
         """
         if not outcomes:
             return {}
-        metric, images = self.measure(outcomes), _images(outcomes)
-        groups = np.array([outcome.sample.group for outcome in outcomes])
-        names = dict.fromkeys(groups.tolist())
-        return {name: metric.estimate(metric.counted & (groups == name), images, seed) for name in names}
+        metric, images, groups = self.measure(outcomes), _images(outcomes), groups_of(outcomes)
+        return {name: metric.estimate(groups == name, images, seed) for name in dict.fromkeys(groups.tolist())}
 
     def compare(self, first: Sequence[Outcome], second: Sequence[Outcome], seed: int = 0) -> dict[str, Any]:
         """The second method's figure minus the first's, on the same samples.
@@ -229,15 +248,15 @@ class Task:
         Raises:
             TaskError: the two do not hold the same samples.
         """
-        order = {outcome.sample.id: i for i, outcome in enumerate(second)}
+        by_id = {outcome.sample.id: outcome for outcome in second}
         ids = [outcome.sample.id for outcome in first]
-        if set(ids) != set(order) or len(ids) != len(order) or len(second) != len(order):
-            odd = sorted(set(ids) ^ set(order))
+        odd = sorted({*ids} ^ {*by_id})
+        if odd or not len(ids) == len(by_id) == len(second):
             raise TaskError(
                 f"{self.name}: the two methods answer different samples ({len(first)} and {len(second)}"
                 + (f"; {odd[0]!r} is in one only)" if odd else ", some of them twice)")
             )
-        a, b = self.measure(first), self.measure([second[order[own]] for own in ids])
+        a, b = self.measure(first), self.measure([by_id[key] for key in ids])
         both = a.counted & b.counted
         pair = [(metric.numerator[both], metric.denominator[both]) for metric in (a, b)]
         images = _images(first)[both]
@@ -260,6 +279,10 @@ class Task:
         return record
 
 
+# a benchmark of captions, or of answers that a judge marks
+open_task = partial(Task, rules={"text": words}, score=unscored, preset="caption")
+
+
 def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
@@ -269,26 +292,14 @@ def _difference(sums: np.ndarray) -> np.ndarray:
     return _ratio(sums[..., 2:]) - _ratio(sums[..., :2])
 
 
-def right(parsed: str | None, sample: Sample) -> float:
-    """1 for the sample's answer, else 0."""
-    return float(parsed is not None and parsed == sample.answer)
+def groups_of(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """The group of each outcome's sample."""
+    return np.array([outcome.sample.group for outcome in outcomes])
 
 
-def unscored(parsed: str | None, sample: Sample) -> None:
-    """No score for one answer alone: captions are weighed by the whole set, open answers marked by a judge."""
-
-
-def accuracy(outcomes: Sequence[Outcome]) -> Metric:
-    """The share of right answers, and the same in every group if there are several."""
-    scores = np.array([outcome.score for outcome in outcomes], float)
-    return Metric.mean("accuracy", scores, by_group(outcomes, scores))
-
-
-def by_group(outcomes: Sequence[Outcome], scores: np.ndarray) -> dict[str, Any]:
-    """``groups``, the mean score of each group in percent, if there are several."""
-    groups = np.array([outcome.sample.group for outcome in outcomes])
-    names = sorted(set(groups.tolist()))
-    return {"groups": {name: 100 * float(scores[groups == name].mean()) for name in names}} if len(names) > 1 else {}
+def marks_of(outcomes: Sequence[Outcome], count: int) -> np.ndarray:
+    """A judge's marks, ``count`` an outcome: (mark, outcome); nan where it gave none."""
+    return np.array([outcome.verdict or [np.nan] * count for outcome in outcomes], float).T
 
 
 def _images(outcomes: Sequence[Outcome]) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlmflow.tasks.answers import one_of_choices
-from vlmflow.tasks.core import Task, accuracy, right
+from vlmflow.tasks.core import Task
 from vlmflow.tasks.prompts import question, short_answer
 from vlmflow.tasks.sample import Picture, Sample, TaskError
 from vlmflow.tasks.sources import Source
@@ -26,14 +26,10 @@ def load(source: Source) -> Iterator[Sample]:
         import easy_vqa as package
     except ImportError:
         raise TaskError('easy_vqa needs the "easy-vqa" package: pip install "vlmflow[eval]"') from None
-    parts = {
-        "test": (package.get_test_questions, package.get_test_image_paths),
-        "train": (package.get_train_questions, package.get_train_image_paths),
-    }
     split = source.split or "test"
-    if split not in parts:
+    if split not in ("test", "train"):
         raise TaskError(f"easy_vqa: split must be test or train, got {split!r}")
-    questions, paths = parts[split][0](), parts[split][1]()
+    questions, paths = (getattr(package, f"get_{split}_{part}")() for part in ("questions", "image_paths"))
     known = tuple(package.get_answers())
     for number, (text, answer, image) in enumerate(zip(*questions, strict=True)):
         yield Sample(
@@ -53,8 +49,4 @@ EASY_VQA = Task(
     load=load,
     prompts={"plain": question, "llava": short_answer},
     rules={"word": one_of_choices},
-    score=right,
-    measure=accuracy,
-    max_new_tokens=16,
-    preset="qa",
 )

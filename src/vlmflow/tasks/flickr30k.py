@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.records.files import read_json
-from vlmflow.tasks.answers import words
-from vlmflow.tasks.captions import cider
-from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.cider import cider
+from vlmflow.tasks.core import open_task
 from vlmflow.tasks.prompts import caption
 from vlmflow.tasks.sample import Sample
 from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub
@@ -27,36 +26,28 @@ def load(source: Source) -> Iterator[Sample]:
     ``split`` is Karpathy's (default test; "all" takes every image).
     """
     if source.path is None:
-        for row in read_hub(HUB, source, image_name="filename"):
-            yield from_hub(row)
+        yield from map(from_hub, read_hub(HUB, source, image_name="filename"))
         return
     path = find_file(source.path, "dataset_flickr30k.json")
     above, split = source.images or path.parent, source.split or "test"
     for row in Record(str(path), read_json(path)).rows("images"):
         if split in ("all", row.text("split")):
-            name = row.text("filename")
-            yield Sample(
-                id=row.text("imgid"),
-                images=(row.image_in([above, above / "flickr30k-images", above / "flickr30k_images"], name),),
-                references=tuple(sentence.text("raw") for sentence in row.rows("sentences")),
-                origin=row.origin,
-            )
+            folders = [above, above / "flickr30k-images", above / "flickr30k_images"]
+            captions = tuple(sentence.text("raw") for sentence in row.rows("sentences"))
+            yield row.with_image(folders, row.text("filename")).sample(row.text("imgid"), references=captions)
 
 
 def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
-    return Sample(row.text("img_id"), (row.image(),), references=row.texts("caption"), origin=row.origin)
+    return row.sample(row.text("img_id"), references=row.texts("caption"))
 
 
-FLICKR30K = Task(
+FLICKR30K = open_task(
     name="flickr30k",
     title="Flickr30k",
     load=load,
     prompts={"paper": caption},
-    rules={"text": words},
-    score=unscored,
     measure=cider,
     max_new_tokens=64,
-    preset="caption",
     hub=HUB,
 )

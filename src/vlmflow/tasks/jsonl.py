@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.tasks.answers import LETTER_RULES, letter, normal, words
-from vlmflow.tasks.core import Task, accuracy
+from vlmflow.tasks.core import Task
 from vlmflow.tasks.prompts import option_letter, options, short_answer
 from vlmflow.tasks.sample import LETTERS, Sample, TaskError
 from vlmflow.tasks.sources import Source, read_lines
@@ -28,13 +28,12 @@ def load(source: Source) -> Iterator[Sample]:
         names = row.texts("image") if row.fields.get("image") != [] else ()
         images = tuple(row.image_in([folder], name) for name in names)
         choices = row.choices() if "choices" in row.fields else ()
-        accepted = row.texts("answer")
-        answer = accepted[0]
+        answer, *_ = accepted = row.texts("answer")
         if choices:
-            named = list(LETTERS[: len(choices)])
-            if answer not in named and choices.count(answer) != 1:
+            letters = list(LETTERS[: len(choices)])
+            if answer not in letters and choices.count(answer) != 1:
                 raise TaskError(f"{row.origin}: 'answer' {answer!r:.40} is neither a letter nor one of the choices")
-            answer = answer if answer in named else named[choices.index(answer)]
+            answer = answer if answer in letters else letters[choices.index(answer)]
             accepted = ()
         yield Sample(
             id=row.text("id", str(number)),
@@ -86,7 +85,5 @@ JSONL = Task(
     prompts={"plain": plain_prompt, "llava": llava_prompt},
     rules={"text": text_or_letter, "strict": strict},
     score=score,
-    measure=accuracy,
     max_new_tokens=64,
-    preset="qa",
 )

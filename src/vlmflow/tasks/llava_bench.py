@@ -8,10 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from vlmflow.tasks.answers import words
-from vlmflow.tasks.core import Metric, Outcome, Rubric, Task, unscored
+from vlmflow.tasks.core import Metric, Outcome, Rubric, marks_of, open_task
 from vlmflow.tasks.prompts import question
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, by_key, find_file, read_hub, read_lines, read_tsv
@@ -58,23 +55,16 @@ def load(source: Source) -> Iterator[Sample]:
             missing = "context.jsonl" if key in answers else "answers_gpt4.jsonl"
             raise TaskError(f"{row.origin}: question {key} (image {name}) has no entry in {missing}")
         whole = {**row.fields, "gpt_answer": answers[key].text("text")}
-        found = Record(row.origin, whole, row.image_in([folder], name))
-        yield _sample(found, key, row.text("text"), contexts[name].texts("caption"), "gpt_answer")
+        pictured = Record(row.origin, whole, row.image_in([folder], name))
+        yield _sample(pictured, key, row.text("text"), contexts[name].texts("caption"), "gpt_answer")
 
 
 def _sample(row: Record, key: str, question: str, context: Sequence[str], reference: str) -> Sample:
     category = row.text("category")
     if category not in CATEGORIES:
         raise TaskError(f"{row.origin}: 'category' must be one of {', '.join(CATEGORIES)}, got {category!r:.40}")
-    return Sample(
-        id=key,
-        images=(row.image(),),
-        question=question,
-        references=(row.text(reference),),
-        context="\n".join(context),
-        group=category,
-        origin=row.origin,
-    )
+    references = (row.text(reference),)
+    return row.sample(key, question=question, references=references, context="\n".join(context), group=category)
 
 
 def fill(sample: Sample, answer: str) -> dict[str, str]:
@@ -101,32 +91,20 @@ def measure(outcomes: Sequence[Outcome]) -> Metric:
 
     Departs: LLaVA's script averages answers without marks in as -1; here they are left out and counted.
     """
-    reference, own = (
-        np.array([outcome.verdict[i] if outcome.verdict else np.nan for outcome in outcomes], float) for i in (0, 1)
-    )
-    categories = np.array([outcome.sample.group for outcome in outcomes])
-    parts: dict[str, float | None] = {}
-    for category in sorted(set(categories.tolist())):
-        chosen = (categories == category) & ~np.isnan(own)
-        parts[category] = 100 * float(own[chosen].sum() / reference[chosen].sum()) if chosen.any() else None
-    marked = ~np.isnan(own)
-    means = {
-        "reference_mark": float(reference[marked].mean()) if marked.any() else None,
-        "mark": float(own[marked].mean()) if marked.any() else None,
-    }
-    return Metric("relative score", own, reference, {"categories": parts, **means})
+    reference, mark = marks_of(outcomes, 2)
+    metric = Metric("relative score", mark, reference)
+    means = [float(marks[metric.counted].mean()) if metric.counted.any() else None for marks in (reference, mark)]
+    metric.details.update(categories=metric.by_group(outcomes), reference_mark=means[0], mark=means[1])
+    return metric
 
 
-LLAVA_BENCH = Task(
+LLAVA_BENCH = open_task(
     name="llava_bench",
     title="LLaVA-Bench (in the wild)",
     load=load,
     prompts={"paper": question},
-    rules={"text": words},
-    score=unscored,
     measure=measure,
     max_new_tokens=1024,
-    preset="caption",
     hub=HUB,
     rubric=Rubric(
         name="llava-bench-v1",

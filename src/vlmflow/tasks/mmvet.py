@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlmflow.tasks.answers import words
-from vlmflow.tasks.core import Metric, Outcome, Rubric, Task, unscored
+from vlmflow.tasks.core import Metric, Outcome, Rubric, marks_of, open_task
 from vlmflow.tasks.prompts import question
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub, read_table, read_tsv
@@ -64,22 +63,15 @@ def load(source: Source) -> Iterator[Sample]:
         return
     folder = source.images or path.parent / "images"
     for row in read_table(path):
-        picture = row.image_in([folder], row.text("imagename"))
-        yield _sample(Record(row.origin, row.fields, picture), row.text("key"), row.texts("capability"))
+        yield _sample(row.with_image([folder], row.text("imagename")), row.text("key"), row.texts("capability"))
 
 
 def _sample(row: Record, key: str, abilities: Sequence[str]) -> Sample:
     named = [ability.strip() for ability in abilities]
     if unknown := [ability for ability in named if ability not in ABILITIES]:
         raise TaskError(f"{row.origin}: abilities must be of {', '.join(ABILITIES)}, got {unknown[0]!r}")
-    return Sample(
-        id=key,
-        images=(row.image(),),
-        question=row.text("question"),
-        answer=row.text("answer"),
-        group="+".join(ability for ability in ABILITIES if ability in named),
-        origin=row.origin,
-    )
+    group = "+".join(ability for ability in ABILITIES if ability in named)
+    return row.sample(key, question=row.text("question"), answer=row.text("answer"), group=group)
 
 
 def lmms_prompt(sample: Sample) -> str:
@@ -107,31 +99,22 @@ def read(reply: str) -> tuple[float, ...] | None:
 
 def measure(outcomes: Sequence[Outcome]) -> Metric:
     """The mean mark in percent, the same for each ability, and for each set of abilities that questions need."""
-    marks = np.array([outcome.verdict[0] if outcome.verdict else np.nan for outcome in outcomes], float)
-    needs = np.array([outcome.sample.group for outcome in outcomes])
-
-    def mean(chosen: np.ndarray) -> float | None:
-        own = marks[chosen & ~np.isnan(marks)]
-        return 100 * float(own.mean()) if len(own) else None
-
-    having = {name: np.array([name in need.split("+") for need in needs]) for name in ABILITIES}
-    details = {
-        "abilities": {name: mean(chosen) for name, chosen in having.items() if chosen.any()},
-        "sets": {name: mean(needs == name) for name in sorted(set(needs.tolist()))},
-    }
-    return Metric.mean("score", marks, details)
+    (marks,) = marks_of(outcomes, 1)
+    metric = Metric.mean("score", marks)
+    needs = [outcome.sample.group.split("+") for outcome in outcomes]
+    having = {name: np.array([name in abilities for abilities in needs]) for name in ABILITIES}
+    by_ability = {name: metric.over(chosen) for name, chosen in having.items() if chosen.any()}
+    metric.details.update(abilities=by_ability, sets=metric.by_group(outcomes))
+    return metric
 
 
-MMVET = Task(
+MMVET = open_task(
     name="mmvet",
     title="MM-Vet",
     load=load,
     prompts={"paper": question, "lmms": lmms_prompt},
-    rules={"text": words},
-    score=unscored,
     measure=measure,
     max_new_tokens=1024,
-    preset="caption",
     hub=HUB,
     rubric=Rubric(
         name="mm-vet-v1",

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlmflow.records.files import read_json
-from vlmflow.tasks.answers import words
-from vlmflow.tasks.captions import cider
-from vlmflow.tasks.core import Task, unscored
+from vlmflow.tasks.cider import cider
+from vlmflow.tasks.core import open_task
 from vlmflow.tasks.prompts import caption
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, find_file, read_hub
@@ -24,8 +23,7 @@ def load(source: Source) -> Iterator[Sample]:
     The local copy knows the domain (in, near, out), which becomes the group; the hub's copy does not.
     """
     if source.path is None:
-        for row in read_hub(HUB, source, image_name="image_file_name"):
-            yield from_hub(row)
+        yield from map(from_hub, read_hub(HUB, source, image_name="image_file_name"))
         return
     path = find_file(source.path, "nocaps_val_4500_captions.json")
     file = Record(str(path), read_json(path))
@@ -37,30 +35,21 @@ def load(source: Source) -> Iterator[Sample]:
         key = row.text("id")
         if key not in captions:
             raise TaskError(f"{row.origin}: image {key} has no captions")
-        yield Sample(
-            id=key,
-            images=(row.image_in([above, above / "val"], row.text("file_name")),),
-            references=tuple(captions[key]),
-            group=row.text("domain", ""),
-            origin=row.origin,
-        )
+        pictured = row.with_image([above, above / "val"], row.text("file_name"))
+        yield pictured.sample(key, references=tuple(captions[key]), group=row.text("domain", ""))
 
 
 def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
-    said = row.texts("annotations_captions")
-    return Sample(row.text("image_id"), (row.image(),), references=said, origin=row.origin)
+    return row.sample(row.text("image_id"), references=row.texts("annotations_captions"))
 
 
-NOCAPS = Task(
+NOCAPS = open_task(
     name="nocaps",
     title="NoCaps (validation)",
     load=load,
     prompts={"paper": caption},
-    rules={"text": words},
-    score=unscored,
     measure=cider,
     max_new_tokens=64,
-    preset="caption",
     hub=HUB,
 )

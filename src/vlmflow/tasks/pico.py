@@ -6,18 +6,17 @@ Scenes and questions are those of pico's own score card. Not in the paper: an of
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 from PIL import Image
 
 from vlmflow.pico.questions import KINDS
 from vlmflow.pico.scenes import CANVAS, COUNTS, Scene, Split, make_scene
 from vlmflow.tasks.answers import words
-from vlmflow.tasks.captions import cider
-from vlmflow.tasks.core import Task, accuracy, unscored
+from vlmflow.tasks.cider import cider
+from vlmflow.tasks.core import Task, open_task
 from vlmflow.tasks.prompts import question
 from vlmflow.tasks.sample import Picture, Sample, TaskError
 from vlmflow.tasks.sources import Source
@@ -26,8 +25,8 @@ SCENES = 400
 FIRST = 1_000_000  # the first scene's seed; training and its exams use smaller ones
 
 
-def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
-    """The questions of the wanted kinds, one of each about every scene that has something to ask of it.
+def load(source: Source, captions: bool) -> Iterator[Sample]:
+    """The captions, or else the questions: one of each kind about every scene that has something to ask of it.
 
     ``split`` is held_out, or new_pairs (objects in colours that training never gave them). A path cannot be given.
     """
@@ -41,7 +40,7 @@ def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
         generator = random.Random(f"evaluate {split} {FIRST + number}")
         for kind, ask in KINDS.items():
             question = ask(generator, scene)
-            if question and wanted(kind):
+            if question and captions == (kind == "caption"):
                 yield Sample(
                     id=f"{name}/{kind}",
                     images=(Picture(name, partial(_draw, split, number)),),
@@ -53,23 +52,13 @@ def load(source: Source, wanted: Callable[[str], bool]) -> Iterator[Sample]:
                 )
 
 
-@functools.lru_cache(maxsize=32)
+@lru_cache(maxsize=32)
 def _scene(split: Split, number: int) -> Scene:
     return make_scene(split, FIRST + number, CANVAS, COUNTS)
 
 
 def _draw(split: Split, number: int) -> Image.Image:
     return _scene(split, number).image()
-
-
-def is_question(kind: str) -> bool:
-    """Kinds with one right answer."""
-    return kind != "caption"
-
-
-def is_caption(kind: str) -> bool:
-    """The captions."""
-    return kind == "caption"
 
 
 def score(parsed: str | None, sample: Sample) -> float:
@@ -80,22 +69,16 @@ def score(parsed: str | None, sample: Sample) -> float:
 PICO = Task(
     name="pico",
     title="Pico's scenes (questions)",
-    load=partial(load, wanted=is_question),
+    load=partial(load, captions=False),
     prompts={"plain": question},
     rules={"text": words},
     score=score,
-    measure=accuracy,
-    max_new_tokens=16,
-    preset="qa",
 )
-PICO_CAPTIONS = Task(
+PICO_CAPTIONS = open_task(
     name="pico_captions",
     title="Pico's scenes (captions)",
-    load=partial(load, wanted=is_caption),
+    load=partial(load, captions=True),
     prompts={"plain": question},
-    rules={"text": words},
-    score=unscored,
     measure=cider,
     max_new_tokens=48,
-    preset="caption",
 )

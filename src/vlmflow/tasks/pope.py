@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vlmflow.tasks.answers import YES_NO_RULES
-from vlmflow.tasks.core import Metric, Outcome, Task, right
+from vlmflow.tasks.core import Metric, Outcome, Task
 from vlmflow.tasks.prompts import short_answer
 from vlmflow.tasks.sample import Sample, TaskError
 from vlmflow.tasks.sources import Hub, Record, Source, existing, read_hub, read_lines, read_tsv
@@ -30,8 +30,7 @@ def load(source: Source) -> Iterator[Sample]:
     ``val2014`` of either.
     """
     if source.path is None:
-        for row in read_hub(HUB, source, image_name="image_source"):
-            yield from_hub(row)
+        yield from map(from_hub, read_hub(HUB, source, image_name="image_source"))
         return
     if existing(source.path).suffix == ".tsv":
         for row in read_tsv(source.path):
@@ -49,9 +48,8 @@ def load(source: Source) -> Iterator[Sample]:
     above = source.images or files[0][0].parent
     for path, group in files:
         for row in read_lines(path):
-            picture = row.image_in([above, above / "val2014"], row.text("image"))
-            found = Record(row.origin, row.fields, picture)
-            yield _sample(found, f"{group}/{row.text('question_id')}", "text", "label", group)
+            pictured = row.with_image([above, above / "val2014"], row.text("image"))
+            yield _sample(pictured, f"{group}/{row.text('question_id')}", "text", "label", group)
 
 
 def from_hub(row: Record) -> Sample:
@@ -64,7 +62,7 @@ def _sample(row: Record, key: str, question: str, answer: str, group: str) -> Sa
     label = row.text(answer).strip().lower()
     if label not in ("yes", "no"):
         raise TaskError(f"{row.origin}: {answer!r} must be yes or no, got {label!r:.40}")
-    return Sample(key, (row.image(),), row.text(question), answer=label, group=group, origin=row.origin)
+    return row.sample(key, question=row.text(question), answer=label, group=group)
 
 
 def paper_prompt(sample: Sample) -> str:
@@ -78,14 +76,12 @@ def measure(outcomes: Sequence[Outcome]) -> Metric:
     An unparsed answer is wrong and no "yes". ``mean_f1`` is the plain mean over the splits, which is
     what LLaVA's table prints.
     """
-    groups = {outcome.sample.group: [] for outcome in outcomes}
-    for outcome in outcomes:
-        groups[outcome.sample.group].append(outcome)
-    parts = {group: _figures(own) for group, own in groups.items()}
+    groups = dict.fromkeys(outcome.sample.group for outcome in outcomes)
+    parts = {group: _figures([outcome for outcome in outcomes if outcome.sample.group == group]) for group in groups}
     mean_f1 = sum(part["f1"] for part in parts.values()) / len(parts)
-    scores = np.array([outcome.score for outcome in outcomes], float)
-    details = {"overall": _figures(outcomes), "splits": parts, "mean_f1": mean_f1}
-    return Metric.mean("accuracy", scores, details)
+    metric = Metric.mean("accuracy", np.array([outcome.score for outcome in outcomes], float))
+    metric.details.update(overall=_figures(outcomes), splits=parts, mean_f1=mean_f1)
+    return metric
 
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -109,9 +105,6 @@ POPE = Task(
     load=load,
     prompts={"paper": paper_prompt, "llava": short_answer},
     rules=YES_NO_RULES,
-    score=right,
     measure=measure,
-    max_new_tokens=16,
-    preset="qa",
     hub=HUB,
 )

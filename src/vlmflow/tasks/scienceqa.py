@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vlmflow.tasks.answers import LETTER_RULES
-from vlmflow.tasks.core import Task, accuracy, right
+from vlmflow.tasks.core import Task
 from vlmflow.tasks.prompts import OPTION_LETTER, option_letter, options
 from vlmflow.tasks.sample import LETTERS, Sample, TaskError
 from vlmflow.tasks.sources import (
@@ -22,8 +22,7 @@ from vlmflow.tasks.sources import (
     read_list,
     read_table,
     read_tsv,
-    tsv_choices,
-    tsv_letter,
+    tsv_choices_and_answer,
 )
 
 HUB = Hub("lmms-lab-encoder/ScienceQA", split="test", config="ScienceQA-IMG", former="lmms-lab/ScienceQA")
@@ -36,15 +35,12 @@ def load(source: Source) -> Iterator[Sample]:
     beside the file, in ``images`` or ``images/test``.
     """
     if source.path is None:
-        for row in read_hub(HUB, source):
-            if row.picture:
-                yield from_hub(row)
+        yield from (from_hub(row) for row in read_hub(HUB, source) if row.picture)
         return
     path = find_file(source.path, "problems.json", "himap-inference-MCQ.json")
     if path.suffix == ".tsv":
         for row in read_tsv(path):
-            choices = tsv_choices(row)
-            yield _sample(row, row.text("index"), choices, tsv_letter(row, choices))
+            yield _sample(row, row.text("index"), *tsv_choices_and_answer(row))
         return
     above = source.images or path.parent
     folders = [above, above / "test", above / "images" / "test", above / "images"]
@@ -52,33 +48,22 @@ def load(source: Source) -> Iterator[Sample]:
         split = source.split or "test"
         for row in read_table(path):
             if row.text("split") == split and (name := row.text("image", "")):
-                choices, key = row.choices(), row.text("key")
-                picture = row.image_in([folder / key for folder in folders], name)
-                found = Record(row.origin, row.fields, picture)
-                yield _sample(found, key, choices, row.letter("answer", len(choices)))
+                key = row.text("key")
+                pictured = row.with_image([folder / key for folder in folders], name)
+                yield _sample(pictured, key, *row.choices_and_answer("answer"))
         return
     for row in read_list(path):
-        picture = row.image_in(folders, row.text("image"))
-        yield _from_conversation(Record(row.origin, row.fields, picture))
+        yield _from_conversation(row.with_image(folders, row.text("image")))
 
 
 def from_hub(row: Record) -> Sample:
     """A row of the hub's data set."""
-    choices = row.choices()
-    return _sample(row, row.text("row"), choices, row.letter("answer", len(choices)))
+    return _sample(row, row.text("row"), *row.choices_and_answer("answer"))
 
 
 def _sample(row: Record, key: str, choices: tuple[str, ...], answer: str) -> Sample:
-    picture = row.image()
-    return Sample(
-        id=key,
-        images=(picture,),
-        question=row.text("question"),
-        choices=choices,
-        answer=answer,
-        context=row.text("hint", ""),
-        origin=row.origin,
-    )
+    question, context = row.text("question"), row.text("hint", "")
+    return row.sample(key, question=question, choices=choices, answer=answer, context=context)
 
 
 def _from_conversation(row: Record) -> Sample:
@@ -99,15 +84,8 @@ def _from_conversation(row: Record) -> Sample:
         context, question = question.removeprefix("Context: ").rsplit("\n", 1)
     if turns[1].strip() not in list(LETTERS[: len(choices)]):
         raise TaskError(f"{row.origin}: the answer is {turns[1]!r:.40}, but there are {len(choices)} choices")
-    return Sample(
-        id=row.text("id"),
-        images=(row.image(),),
-        question=question,
-        choices=tuple(line[3:] for line in choices),
-        answer=turns[1].strip(),
-        context=context,
-        origin=row.origin,
-    )
+    texts, answer = tuple(line[3:] for line in choices), turns[1].strip()
+    return row.sample(row.text("id"), question=question, choices=texts, answer=answer, context=context)
 
 
 def paper_prompt(sample: Sample) -> str:
@@ -132,9 +110,5 @@ SCIENCEQA = Task(
     load=load,
     prompts={"paper": paper_prompt, "llava": llava_prompt},
     rules=LETTER_RULES,
-    score=right,
-    measure=accuracy,
-    max_new_tokens=16,
-    preset="qa",
     hub=HUB,
 )

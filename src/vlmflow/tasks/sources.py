@@ -6,8 +6,9 @@ import base64
 import binascii
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from vlmflow.core.errors import typed_line
 from vlmflow.records.files import parse_json, read_text
-from vlmflow.tasks.sample import LETTERS, Picture, TaskError
+from vlmflow.tasks.sample import LETTERS, Picture, Sample, TaskError
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ class Record:
             raise TaskError(f"{self.origin}: {name!r} must be a whole number, got {value!r:.80}")
         return value
 
-    def letter(self, name: str, n_choices: int) -> str:
-        """The letter of the choice whose index the record holds."""
-        index = self.number(name)
-        if not 0 <= index < n_choices:
-            raise TaskError(f"{self.origin}: {name!r} is {index}, but there are {n_choices} choices")
-        return LETTERS[index]
+    def choices_and_answer(self, name: str) -> tuple[tuple[str, ...], str]:
+        """The choices, and the letter of the right one, whose index is the field ``name``."""
+        choices, index = self.choices(), self.number(name)
+        if not 0 <= index < len(choices):
+            raise TaskError(f"{self.origin}: {name!r} is {index}, but there are {len(choices)} choices")
+        return choices, LETTERS[index]
 
     def rows(self, name: str) -> list[Record]:
         """A list of records inside this one."""
@@ -106,11 +107,15 @@ class Record:
             raise TaskError(f"{self.origin}: {name!r} must be a list of objects, got {value!r:.80}")
         return [Record(f"{self.origin}, {name}[{i}]", fields) for i, fields in enumerate(value)]
 
-    def image(self) -> Picture:
-        """The record's own image."""
+    def sample(self, key: str, **fields: Any) -> Sample:
+        """The record as a sample about the image that it holds."""
         if self.picture is None:
             raise TaskError(f"{self.origin}: no image")
-        return self.picture
+        return Sample(key, (self.picture,), origin=self.origin, **fields)
+
+    def with_image(self, folders: Sequence[Path], name: str) -> Record:
+        """The record with an image file (see ``image_in``)."""
+        return replace(self, picture=self.image_in(folders, name))
 
     def image_in(self, folders: Sequence[Path], name: str) -> Picture:
         """The image file of a name, in the first of the folders that has it."""
@@ -129,22 +134,14 @@ class Record:
 
 
 def existing(path: Path) -> Path:
-    """The path, if something is there.
-
-    Raises:
-        TaskError: nothing is.
-    """
+    """The path, or a ``TaskError`` where nothing is there."""
     if not path.exists():
         raise TaskError(f"{path}: no such file or folder")
     return path
 
 
 def find_file(path: Path, *names: str) -> Path:
-    """The path itself if it is a file, else the first of these names in that folder.
-
-    Raises:
-        TaskError: neither is there.
-    """
+    """The path itself if it is a file, else the first of these names in that folder, or a ``TaskError``."""
     if existing(path).is_file():
         return path
     for name in names:
@@ -182,18 +179,13 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 
 def by_key(rows: Iterable[Record], name: str) -> dict[str, Record]:
-    """Records by the text of a field that tells them apart.
-
-    Raises:
-        TaskError: two have the same.
-    """
-    found: dict[str, Record] = {}
+    """Records by the text of a field that tells them apart, or a ``TaskError`` where it does not."""
+    records: dict[str, Record] = {}
     for row in rows:
-        key = row.text(name)
-        if key in found:
-            raise TaskError(f"{row.origin}: {name!r} {key!r} is taken by {found[key].origin}")
-        found[key] = row
-    return found
+        first = records.setdefault(row.text(name), row)
+        if first is not row:
+            raise TaskError(f"{row.origin}: {name!r} {row.text(name)!r} is taken by {first.origin}")
+    return records
 
 
 def read_tsv(path: Path) -> Iterator[Record]:
@@ -232,30 +224,21 @@ def read_tsv(path: Path) -> Iterator[Record]:
         yield Record(origin, {name: cell for name, cell in fields.items() if name != "image"}, picture)
 
 
-def tsv_choices(row: Record) -> tuple[str, ...]:
-    """The options of a VLMEvalKit multiple-choice row: its columns A, B, C and so on until one is empty."""
-    choices: list[str] = []
-    for letter in LETTERS:
-        if letter not in row.fields:
-            break
-        choices.append(row.text(letter))
+def tsv_choices_and_answer(row: Record) -> tuple[tuple[str, ...], str]:
+    """The choices of a VLMEvalKit row, its columns A, B, C and so on until one is empty, and the right one's letter."""
+    choices = tuple(map(row.text, takewhile(row.fields.__contains__, LETTERS)))
     if not choices:
         raise TaskError(f"{row.origin}: no option columns 'A', 'B' ... (there are: {', '.join(row.fields)})")
-    return tuple(choices)
-
-
-def tsv_letter(row: Record, choices: Sequence[str]) -> str:
-    """The letter that a VLMEvalKit multiple-choice row has as its answer."""
     letter = row.text("answer").strip().upper()
-    if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
+    if letter not in [*LETTERS[: len(choices)]]:
         raise TaskError(f"{row.origin}: 'answer' is {letter!r}, but there are {len(choices)} choices")
-    return letter
+    return choices, letter
 
 
 def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterator[Record]:
     """The records of a data set on the hub, without their images, which are opened when needed.
 
-    ``image_name`` is the column that tells images apart; without it every row has its own.
+    ``image_name`` is the column that tells images apart; without it no two rows share one.
 
     Raises:
         TaskError: the extra is not installed, or the data set cannot be had.
@@ -264,10 +247,10 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
         import datasets
     except ImportError:
         raise TaskError('hub data sets need the "datasets" package: pip install "vlmflow[eval]"') from None
-    found = hub.resolve(source)
-    name = f"{found.id} ({found.config or 'default'}, {found.split})"
+    hub = hub.resolve(source)
+    name = f"{hub.id} ({hub.config or 'default'}, {hub.split})"
     try:
-        table = _load(datasets.load_dataset, found, source.revision)
+        table = _load(datasets.load_dataset, hub, source.revision)
     except Exception as error:  # the hub client raises what it likes: network, id, configuration, file format
         raise TaskError(
             f"{name}: cannot be loaded ({typed_line(error)}); without a network, give a local copy"
@@ -281,8 +264,7 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
     for number, fields in enumerate(records):
         picture = None
         if images.data.column("image")[number].is_valid:
-            own = str(fields[image_name]) if image_name and image_name in fields else f"row {number}"
-            picture = Picture(own, partial(_hub_image, images, number))
+            picture = Picture(str(fields.get(image_name or "", f"row {number}")), partial(_hub_image, images, number))
         yield Record(f"{name}, row {number}", {**fields, "row": number}, picture)
 
 

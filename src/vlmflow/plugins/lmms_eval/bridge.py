@@ -1,4 +1,4 @@
-"""What the task files call by name: vlmflow's own prompts, answer rules and figures on lmms-eval's documents."""
+"""What the task files call by name: vlmflow's prompts, answer rules and figures on lmms-eval's documents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Bridge:
         return dict.fromkeys(self.figures, row.to_dict())
 
     def measure(self, name: str, records: Sequence[Mapping[str, Any]]) -> float:
-        """``aggregation``: a figure as vlmflow's own runner gives it."""
+        """``aggregation``: a figure as ``vlmflow eval`` gives it."""
         outcomes = [Row.from_dict(record).outcome() for record in records]
         metric = self.task.measure(outcomes)
         unparsed = sum(outcome.parsed is None for outcome in outcomes)

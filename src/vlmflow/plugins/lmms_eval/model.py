@@ -10,7 +10,7 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from vlmflow.core.images import as_rgb
-from vlmflow.engine import attach
+from vlmflow.engine import prune
 from vlmflow.evaluate.on_torchrun import own_accelerator
 from vlmflow.models import Question, load
 from vlmflow.pruners import make_pruner
@@ -52,18 +52,15 @@ class Vlmflow(lmms):
         groups: dict[int, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(_new_tokens(request.args[1]), []).append(number)
-        with (
-            attach(self._vlm.model, self._pruner),
-            tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as bar,
-        ):
-            for longest, numbers in groups.items():
-                for first in range(0, len(numbers), self._batch_size):
-                    batch = numbers[first : first + self._batch_size]
-                    questions = [self._question(*requests[number].args) for number in batch]
-                    said = self._vlm.generate(self._vlm.encode(questions), longest)
-                    for number, one in zip(batch, said, strict=True):
-                        answers[number] = GenerationResult(one.text, TokenCounts(output_tokens=one.tokens))
-                    bar.update(len(batch))
+        size = self._batch_size
+        batches = [(longest, n[i : i + size]) for longest, n in groups.items() for i in range(0, len(n), size)]
+        bar = tqdm(total=len(requests), desc="Answering", disable=self.rank != 0)
+        with prune(self._vlm.model, self._pruner), bar:
+            for longest, batch in batches:
+                questions = [self._question(*requests[number].args) for number in batch]
+                for number, answer in zip(batch, self._vlm.answer(questions, longest), strict=True):
+                    answers[number] = GenerationResult(answer.text, TokenCounts(output_tokens=answer.tokens))
+                bar.update(len(batch))
         return [answers[number] for number in range(len(requests))]
 
     def _question(
