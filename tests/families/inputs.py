@@ -1,23 +1,24 @@
 """A small model of every type with the inputs that it wants: text around an image, alone and in left-padded batches.
 
-``PICTURES`` says which tensors one image is: a tuple is the shape of noise, a list is the values themselves. How many image
-tokens stand for it is asked of the model: as many as its image features have rows.
+``PICTURES`` says which tensors one image is: a tuple is the shape of noise, a list is the values themselves. As many
+image tokens stand for it as its features have rows, which is asked of the model.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import shrink
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-import shrink
 import tiny
 from tiny import DEVICE, END, IMAGE, PAD, START, Sample
 
@@ -33,8 +34,8 @@ def each(names: str, **tensors: Any) -> dict[str, dict[str, Any]]:
 
 PICTURES = {
     **each(
-        "aria aya_vision blip-2 chameleon cohere2_vision deepseek_ocr2 deepseek_vl gemma3 got_ocr2 internvl janus llama4 "
-        "llava ovis2 paligemma pp_chart2table qianfan_ocr shieldgemma2 step3p7 vipllava",
+        "aria aya_vision blip-2 chameleon cohere2_vision deepseek_ocr2 deepseek_vl gemma3 got_ocr2 internvl janus "
+        "llama4 llava ovis2 paligemma pp_chart2table qianfan_ocr shieldgemma2 step3p7 vipllava",
         pixel_values=SQUARE,
     ),
     **each(
@@ -51,10 +52,15 @@ PICTURES = {
     **each("granite_docling", pixel_values=(1, *SQUARE), pixel_attention_mask=[[True]]),
     **each("emu3 lighton_ocr mistral3 mistral_large4", pixel_values=SQUARE, **SIZES),
     **each("granite4_vision llava_next llava_next_video llava_onevision", pixel_values=(1, 2, 3, 32, 32), **SIZES),
-    **each("minicpmv4_6 minicpmv4_7 minicpm_ocr", pixel_values=(1, 3, 4, 256), target_sizes=[[8, 8]]),
+    **each("minicpm_ocr", pixel_values=(1, 3, 4, 256), target_sizes=[[8, 8]]),
+    **each("minicpmv4_6 minicpmv4_7", pixel_values=(1, 16, WIDTH), target_sizes=[[8, 8]]),
+    **each(
+        "phi4_multimodal", image_pixel_values=(1, 2, 3, 32, 32), image_attention_mask=[[[[True] * 8] * 8] * 2], **SIZES
+    ),
     **each("deepseek_vl_hybrid", pixel_values=SQUARE, high_res_pixel_values=SQUARE),
     **each("video_llava", pixel_values_images=SQUARE),
     **each("instructblip", pixel_values=SQUARE, qformer_input_ids=[[3, 4, 5, 6, 7]]),
+    **each("instructblipvideo", pixel_values=(1, 2, 3, 32, 32), qformer_input_ids=[[3, 4, 5, 6, 7]]),
     **each("lfm2_vl", pixel_values=(1, 64, 48), spatial_shapes=[[8, 8]], pixel_attention_mask=[[1] * 64]),
     **each("gemma4", pixel_values=(1, 144, 48), image_position_ids=PLACES),
     **each("fuyu", image_patches=(1, 16, 2700)),
@@ -65,21 +71,24 @@ PICTURES = {
         image_grids=[[4, 4, 0, 0]],
         image_num_crops=[1],
     ),
-    **each("fast_vlm gemma3n gemma4_unified inkling_mm_model unlimited_ocr", pixel_values=(1, 16, WIDTH)),
+    **each("fast_vlm gemma3n gemma4_unified perception_lm", pixel_values=(1, 16, WIDTH)),
     **each("hunyuan_vl", pixel_values=(1, 20, WIDTH), **GRID),  # with line ends
-    **each("dots3_note inkling2 kimi_k25 muse_glimmer muse_spark", pixel_values=(1, 16, WIDTH), **GRID),
+    **each("dots3_note kimi_k25 muse_glimmer muse_spark", pixel_values=(1, 16, WIDTH), **GRID),
 }
-COUNTS = {"blip-2": 32, "fuyu": 16, "granite4_vision": 36, "instructblip": 32, "video_llava": 64}  # not so many rows
-FORWARD_ONLY = ("image_num_crops",)  # what image features are not computed from
-# Their towers are of timm, or too particular to be made small: the "pixels" are the image features. Some models take them as
-# a tensor, others as one for each image.
+# Where features have another number of rows, or are not to be had by themselves.
+COUNTS = {"blip-2": 32, "instructblip": 32, "instructblipvideo": 64, "fuyu": 16, "granite4_vision": 36}
+COUNTS |= {"phi4_multimodal": 41, "video_llava": 64}
+FORWARD_ONLY = ("image_num_crops",)  # what features are not computed from
+# Types whose tower is timm's, or too particular to be made small: their "pixels" are the features themselves, which they
+# take as one tensor, or as one for each image.
 STOOD_IN = {
-    **dict.fromkeys(("fast_vlm", "gemma3n", "inkling_mm_model"), torch.clone),
-    **dict.fromkeys(("dots3_note", "gemma4_unified", "hunyuan_vl", "inkling2", "kimi_k25", "muse_glimmer"), tuple),
-    **dict.fromkeys(("muse_spark", "unlimited_ocr"), tuple),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), torch.clone),
+    **dict.fromkeys(("dots3_note", "gemma4_unified", "hunyuan_vl", "kimi_k25", "muse_glimmer"), tuple),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "muse_spark"), tuple),
 }
-STRIPS = dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), ("pixel_values",))  # images side by side
+JOINED_ALONG = {"minicpm_ocr": 3, "minicpmv4_6": 1, "minicpmv4_7": 1}  # an axis other than the first
 BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+NEW = 3  # tokens of an answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +98,7 @@ class Family:
     name: str
     whole: hf.PreTrainedModel  # what is pruned
     model: hf.PreTrainedModel  # what is asked: the whole, or the part of it that reads and writes text
+    _unpruned: dict[str, tuple[Tensor, GenerateDecoderOnlyOutput]] = field(default_factory=dict)
 
     @property
     def decoder(self) -> nn.Module:
@@ -99,6 +109,27 @@ class Family:
     def samples(self) -> tuple[Sample, ...]:
         """Two prompts of different length around one image each."""
         return self.sample(5, 7, seed=1), self.sample(3, 13, seed=2)
+
+    @torch.no_grad()
+    def logits(self, sample: Sample) -> Tensor:
+        return self.model(**sample).logits
+
+    def answer(self, sample: Sample) -> GenerateDecoderOnlyOutput:
+        """Greedy tokens and their logits."""
+        return self.model.generate(
+            **sample,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    def unpruned(self, kernel: str) -> tuple[Tensor, GenerateDecoderOnlyOutput]:
+        """What the batch becomes on this kernel, on which the model already is, before anybody has pruned anything."""
+        if kernel not in self._unpruned:
+            self._unpruned[kernel] = self.logits(self.batch), self.answer(self.batch)
+        return self._unpruned[kernel]
 
     def sample(self, before: int, after: int, seed: int) -> Sample:
         """So much text before an image and so much after it; batch dimension 1."""
@@ -119,12 +150,14 @@ class Family:
             torch.cat([F.pad(s[key], (width - s[key].shape[1], 0), value=PAD) for s in self.samples])
             for key in ("input_ids", "attention_mask")
         )
-        media = {
-            key: torch.cat([sample[key] for sample in self.samples], 3 if key in STRIPS.get(kind(self.name), ()) else 0)
-            for key in self.samples[0]
-            if key not in BY_TOKEN
-        }
+        names = [name for name in self.samples[0] if name not in BY_TOKEN]
+        media = {name: self._join(name, [sample[name] for sample in self.samples]) for name in names}
         return self._with_ids(ids, mask, media)
+
+    def _join(self, name: str, tensors: list[Tensor]) -> Tensor:
+        if name == "image_token_pooling":  # which numbers the patches of all images through
+            tensors = [tensor + 64 * number for number, tensor in enumerate(tensors)]
+        return torch.cat(tensors, JOINED_ALONG.get(kind(self.name), 0) if name == "pixel_values" else 0)
 
     def extend(self, sample: Sample, token: int) -> Sample:
         """A sample and one generated token after it."""
@@ -174,7 +207,9 @@ def build(name: str) -> Family:
     model = getattr(whole, "thinker", whole)
     tiny.randomize(model)
     settings = model.generation_config
-    settings.eos_token_id = settings.forced_bos_token_id = settings.forced_eos_token_id = settings.suppress_tokens = None
+    settings.eos_token_id = settings.forced_bos_token_id = settings.forced_eos_token_id = settings.suppress_tokens = (
+        None
+    )
     settings.pad_token_id = PAD
     if form := STOOD_IN.get(kind(name)):
         model.model.get_image_features = lambda pixel_values, *_, **__: BaseModelOutputWithPooling(

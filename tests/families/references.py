@@ -1,22 +1,21 @@
 """What pruning means, restated on the unmodified model in eager mode: one sample at a time, whole sequences, no cache.
 
-Where every layer attends, a dropped token stays and is hidden as a key from its layer on. A recurrent layer has no keys to
-hide: where there are some, the token's row is taken out, and its neighbours move together.
+Where every layer attends, a dropped token stays and is hidden as a key from its layer on. A recurrent layer has no keys
+to hide: where there are some, the token's row is taken out, and its neighbours move together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from inputs import Family
+from shrink import LAYERS
 from torch import Tensor
 
-from inputs import Family
 from oracles import largest
-from shrink import LAYERS
 from tiny import IMAGE, Sample
 from vlmflow import Trace
 from vlmflow.pruners import Pruner
@@ -36,6 +35,9 @@ def forward(
     recurrent = not all(hasattr(layer, "self_attn") for layer in layers)
     attentions: dict[int, Tensor] = {}
 
+    def place(module, args, kwargs):
+        return args, {**kwargs, "position_ids": places}
+
     def note(index: int, rows: list[int]):
         def hook(module, args, output):
             attentions[index] = spread(spread(output[1][0].double().mean(0), rows, length).T, rows, length).T
@@ -45,7 +47,9 @@ def forward(
     with ExitStack() as stack:
         if places is not None:
             given = {"position_ids": places}
-            hook = family.decoder.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | given), with_kwargs=True)
+            hook = family.decoder.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, kwargs | given), with_kwargs=True
+            )
             stack.enter_context(hook)
         rows = [*range(length)]
         for index, layer in enumerate(layers):
@@ -124,7 +128,7 @@ def drops_of(sample: Sample, pruner: Pruner, trace: Trace) -> Drops:
     return drops
 
 
-def positions(family: Family, generate: Callable[[], object]) -> Tensor | None:
+def positions(family: Family, sample: Sample) -> Tensor | None:
     """The positions that unpruned generation gives the text decoder, prompt first; None where it counts by itself."""
     seen: list[Tensor | None] = []
 
@@ -132,7 +136,7 @@ def positions(family: Family, generate: Callable[[], object]) -> Tensor | None:
         seen.append(kwargs.get("position_ids"))
 
     with family.decoder.register_forward_pre_hook(note, with_kwargs=True):
-        generate()
+        family.answer(sample)
     return None if any(places is None for places in seen) else torch.cat(seen, -1)
 
 

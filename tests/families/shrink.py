@@ -1,8 +1,8 @@
 """Every image-text-to-text type of the installed transformers as a model of six layers, from its own default config.
 
-``tiny_config(name)`` reads a type's default config and makes it small by rules: sizes by the names that configs give them,
-one table for text decoders and one for towers. What no rule makes fit stands in ``EXCEPTIONS``. A name is a ``model_type``,
-or ``model_type@variant`` for another text decoder or another pattern of layers, which stands in the same table.
+``tiny_config(name)`` takes a type's default config and makes it small by rules: sizes by the names that configs give
+them, one table for text decoders and one for towers. What no rule makes fit stands in ``EXCEPTIONS``. A name is a
+``model_type``, or ``model_type@variant`` for another text decoder or pattern of layers, which stands there too.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from unittest import mock
 
 import torch
 import transformers as hf
+from exceptions import EXCEPTIONS
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 import tiny
-from exceptions import EXCEPTIONS
 from tiny import IMAGE, VIDEO
 
 LAYERS, VOCAB, OTHER = 6, 160, 110  # OTHER stands for every special token that no test looks at
@@ -38,7 +38,10 @@ TEXT = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_latent_size"), 32),
     **dict.fromkeys(("moe_num_shared_experts", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("n_group", "topk_group", "mamba_n_groups"), 1),
-    **{"qk_rope_head_dim": 8, "qk_head_dim": 24, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 8,
 }
 TOWER = {
     **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "projection_dim", "audio_embed_dim", "image_size"), 32),
@@ -48,8 +51,12 @@ TOWER = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "attention_heads", "num_key_value_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "patch_size"), 4),
-    **{"head_dim": 8, "window_size": 16, "num_global_layers": 1, "vocab_size": VOCAB},
-    **{"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]},
+    "head_dim": 8,
+    "window_size": 16,
+    "num_global_layers": 1,
+    "vocab_size": VOCAB,
+    "fullatt_block_indexes": [1],
+    "deepstack_visual_indexes": [0],
 }
 TOWERS = (
     *("vis", "vit", "encoder", "audio", "qformer", "perceiver", "resampler", "backbone", "sam", "high_res", "vq"),
@@ -60,7 +67,9 @@ TOKENS = {
     **dict.fromkeys(("video_token_id", "video_token_index"), VIDEO),
     **dict.fromkeys(("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index"), tiny.START),
     **dict.fromkeys(("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index"), tiny.END),
-    **{"pad_token_id": tiny.PAD, "bos_token_id": 1, "eos_token_id": 2},
+    "pad_token_id": tiny.PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 NOTES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 KINDS = ("layer_types", "mlp_layer_types")  # a word a layer
