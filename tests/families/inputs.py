@@ -79,8 +79,8 @@ PICTURES = {
 COUNTS = {"blip-2": 32, "instructblip": 32, "instructblipvideo": 64, "fuyu": 16, "granite4_vision": 36}
 COUNTS |= {"phi4_multimodal": 41, "video_llava": 64}
 FORWARD_ONLY = ("image_num_crops",)  # what features are not computed from
-# Types whose tower is timm's, or too particular to be made small: their "pixels" are the features themselves, which they
-# take as one tensor, or as one for each image.
+# Types whose tower is timm's, or too particular to be made small: their "pixels" are the features themselves, which
+# they take as one tensor, or as one for each image.
 STOOD_IN = {
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), torch.clone),
     **dict.fromkeys(("dots3_note", "gemma4_unified", "hunyuan_vl", "kimi_k25", "muse_glimmer"), tuple),
