@@ -157,7 +157,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             "output_proj_dims": 32,
         },
     },
-    **{name: {"text_config.rope_parameters": HALF} for name in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")},
+    **{
+        name: {"text_config.rope_parameters": HALF, "text_config.pad_token_id": 0}
+        for name in ("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga")
+    },
     "glm5_next": under(
         "text_config",
         qk_rope_head_dim=0,
@@ -277,6 +280,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vision_end_token_id": 103,
         "text_config.rope_parameters": INTERLEAVED,
     },
+    "qwen3_vl_moe": {"text_config.pad_token_id": 0},
     "qwen4_exp": {
         **under("text_config", indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=512),
         **under("text_config", indexer_compress_ratio=1, hc_lowrank=8, hc_count=2, ple_embed_dim=64),

@@ -15,7 +15,7 @@ import shrink
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -101,9 +101,9 @@ class Family:
     _unpruned: dict[str, tuple[Tensor, GenerateDecoderOnlyOutput]] = field(default_factory=dict)
 
     @property
-    def decoder(self) -> nn.Module:
-        inside = self.model.get_decoder().modules()  # which some name with its head, or with what is around the layers
-        return next(module for module in inside if isinstance(getattr(module, "layers", None), nn.ModuleList))
+    def decoder(self) -> hf.PreTrainedModel:
+        inside = self.model.get_decoder().modules()  # some name more than the decoder; towers have fewer layers
+        return next(module for module in inside if len(getattr(module, "layers", ())) == shrink.LAYERS)
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -206,6 +206,8 @@ def build(name: str) -> Family:
     whole = shrink.build(name).float().to(DEVICE).eval()
     model = getattr(whole, "thinker", whole)
     tiny.randomize(model)
+    for weight in (weight for path, weight in model.named_parameters() if path.endswith("sinks")):
+        weight.data[::2] = 30.0  # small ones leave rankings as they are
     settings = model.generation_config
     settings.eos_token_id = settings.forced_bos_token_id = settings.forced_eos_token_id = settings.suppress_tokens = (
         None

@@ -55,7 +55,7 @@ def test_the_page_shows_the_tables_as_they_are():
 @pytest.mark.parametrize("name", rows(REFUSED))
 def test_a_type_is_refused_with_its_reason(name: str):
     if not shrink.is_installed(name):
-        pytest.skip("not in this transformers")
+        pytest.skip("not in this transformers, or not as it is now")
     with torch.device("meta"):
         model = shrink.build(name)
     with pytest.raises((TypeError, ValueError), match=REFUSED[name]["message"]), prune(model, PRUNERS[0]):
@@ -66,7 +66,7 @@ def test_a_type_is_refused_with_its_reason(name: str):
 def family(request: pytest.FixtureRequest) -> Family:
     """The type of a test, built once for all its tests."""
     if not shrink.is_installed(request.param):
-        pytest.skip("not in this transformers")
+        pytest.skip("not in this transformers, or not as it is now")
     return inputs.build(request.param)
 
 
@@ -101,10 +101,14 @@ def test_keeping_everything_changes_no_bit(family: Family, kernel: str, pruner: 
 
 @pruners
 def test_what_stays_is_what_attention_ranks(family: Family, pruner: Pruner):
-    kept, margin = references.kept_sets(family, family.samples[0], pruner)
-    assert margin > 1e-5, "a tie: another seed"
+    for sample in family.samples:
+        kept, margin = references.kept_sets(family, sample, pruner)
+        if margin > 1e-5:
+            break
+    else:
+        pytest.fail("every sample ties")
     with prune(family.whole, pruner) as trace:
-        family.logits(family.samples[0])
+        family.logits(sample)
     assert {layer: trace.kept[layer][0].tolist() for layer in kept} == kept
 
 
