@@ -102,8 +102,8 @@ class Family:
 
     @property
     def decoder(self) -> hf.PreTrainedModel:
-        inside = self.model.get_decoder().modules()  # some name more than the decoder; towers have fewer layers
-        return next(module for module in inside if len(getattr(module, "layers", ())) == shrink.LAYERS)
+        """Found by its layers, of which towers have fewer: what models name themselves may be more, or a tower."""
+        return next(part for part in self.model.modules() if len(getattr(part, "layers", ())) == shrink.LAYERS)
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import transformers as hf
 from exceptions import EXCEPTIONS
+from packaging.version import Version
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
@@ -74,10 +75,18 @@ TOKENS = {
 NOTES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 KINDS = ("layer_types", "mlp_layer_types")  # a word a layer
 ROPE = ("rope_parameters", "rope_scaling")
+# Before, their default configs did not build, eager attention gave no weights, or image features had another form.
+SINCE = {
+    **dict.fromkeys(("fuyu", "phi4_multimodal", "pix2struct", "pixtral", "qwen3_omni_moe"), "5.12"),
+    **dict.fromkeys(("diffusion_gemma", "fast_vlm", "gemma4_unified", "minimax_m3_vl"), "5.23"),
+    "vision-encoder-decoder": "5.23",
+}
 
 
 def is_installed(name: str) -> bool:
-    return name.partition("@")[0] in types()
+    """Whether this transformers has a type, in a form that can be tested."""
+    kind = name.partition("@")[0]
+    return kind in types() and Version(hf.__version__) >= Version(SINCE.get(kind, "5.0"))
 
 
 def types() -> dict[str, str]:
