@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmflow.engine.prompt import Inputs
 
 _CALL = nn.Module._call_impl.__code__
-_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_GENERATE = inspect.unwrap(vars(GenerationMixin)["generate"]).__code__
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmflow.engine import prune
+from vlmflow.engine.target import Target
 from vlmflow.flow.prediction import next_token
 from vlmflow.pruners import VTW, Unpruned
 
@@ -64,7 +65,7 @@ def withdrawal(
             whole.append(next_token(model, sample))
         if not all(trace.image_tokens[0]):
             raise ValueError(f"withdrawal: sample {number} has no image to withdraw; leave it out")
-    candidates = range(1, trace.n_layers) if layers is None else sorted(layers)
+    candidates = range(1, len(Target.find(model).layers)) if layers is None else sorted(layers)
     count = sum(len(rows) for rows in whole)
     chosen: int | None = None
     divergence: dict[int, float] = {}
