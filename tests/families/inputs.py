@@ -53,7 +53,7 @@ PICTURES = {
     **each("emu3 lighton_ocr mistral3 mistral_large4", pixel_values=SQUARE, **SIZES),
     **each("granite4_vision llava_next llava_next_video llava_onevision", pixel_values=(1, 2, 3, 32, 32), **SIZES),
     **each("minicpm_ocr", pixel_values=(1, 3, 4, 256), target_sizes=[[8, 8]]),
-    **each("minicpmv4_6 minicpmv4_7", pixel_values=(1, 16, WIDTH), target_sizes=[[8, 8]]),
+    **each("minicpmv4_6 minicpmv4_7", pixel_values=(1, 4, WIDTH), target_sizes=[[8, 8]]),
     **each(
         "phi4_multimodal", image_pixel_values=(1, 2, 3, 32, 32), image_attention_mask=[[[[True] * 8] * 8] * 2], **SIZES
     ),
