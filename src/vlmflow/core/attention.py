@@ -147,7 +147,9 @@ class QueryRows:
             logits = torch.cat([logits, sinks], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., :n_key]
         weights = weights.masked_fill(~row_valid[:, None, :, None], 0.0)
-        torch._assert_async((weights[..., 0] >= 0).all(), "vlmflow: a token whose attention ranks sees no token at all")
+        torch.ops.aten._assert_async.msg(
+            (weights[..., 0] >= 0).all(), "vlmflow: a token whose attention ranks sees no token at all"
+        )
         return weights
 
     def received(self) -> Float[Tensor, "batch key"]:

@@ -163,7 +163,7 @@ def _strange_to_us(text: Any) -> Iterator[str]:
     if unknown := kinds - _ATTENDING - _RECURRENT:
         yield f"its layers of the kind {', '.join(sorted(unknown))} cannot be told that tokens are missing"
     if any(hasattr(layer, "cross_attn") for layer in text.layers):
-        yield "its images do not stand in the sequence of tokens: some of its layers attend to them aside"
+        yield "its images do not stand in the sequence of tokens: they come in by cross-attention"
     if not any(hasattr(layer, "self_attn") for layer in text.layers):
         yield "none of its layers has self-attention to rank or mask by"
     for kind, layer in zip(getattr(text.config, "layer_types", None) or (), text.layers, strict=False):
