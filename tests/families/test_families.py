@@ -22,19 +22,8 @@ PRUNERS = [HiMAP(2, 0.5, 4, 0.5), PyramidDrop((1, 3), 0.5)]
 
 TABLE = json.loads(families.TABLE.read_text(encoding="utf-8"))
 WORKS, REFUSED = TABLE["works"], TABLE["refused"]
-# What the engine does not do yet: each name goes when it does.
-PENDING = {
-    *("blip-2", "ernie4_5_vl_moe", "gemma3n", "gemma4", "gemma4@bidirectional", "gemma4@shared"),
-    *("gemma4@shared_window", "gemma4@window", "granite4_vision", "instructblip", "instructblipvideo", "lfm2_vl"),
-    *("lfm3_vl", "llama4", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl@sparse"),
-    *("mistral3@ministral3", "mistral_large4", "muse_glimmer", "muse_spark", "qwen3_5", "qwen3_5_moe"),
-    *("glm5_next", "inkling2", "inkling_mm_model", "unlimited_ocr"),  # to be refused
-}
-
-
-def rows(table: dict) -> list:
-    pending = pytest.mark.xfail(reason="the engine does not do it yet", strict=False)
-    return [pytest.param(name, marks=[pending] if name in PENDING else []) for name in table]
+# Unpruned they generate by the last rows alone where keys are another layer's; pruned there, by all rows that are left.
+LAST_ROWS = {"gemma4@shared": 1e-5, "gemma4@shared_window": 1e-5}
 
 
 pruners = pytest.mark.parametrize("pruner", PRUNERS, ids=lambda pruner: type(pruner).__name__)
@@ -52,7 +41,7 @@ def test_the_page_shows_the_tables_as_they_are():
     assert {name for name, remark in WORKS.items() if "without its vision tower" in remark} == {*inputs.STOOD_IN}
 
 
-@pytest.mark.parametrize("name", rows(REFUSED))
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_type_is_refused_with_its_reason(name: str):
     if not shrink.is_installed(name):
         pytest.skip("not in this transformers, or not as it is now")
@@ -62,7 +51,7 @@ def test_a_type_is_refused_with_its_reason(name: str):
         pass
 
 
-@pytest.fixture(scope="module", params=rows(WORKS))
+@pytest.fixture(scope="module", params=WORKS)
 def family(request: pytest.FixtureRequest) -> Family:
     """The type of a test, built once for all its tests."""
     if not shrink.is_installed(request.param):
@@ -96,17 +85,18 @@ def test_keeping_everything_changes_no_bit(family: Family, kernel: str, pruner: 
     assert trace.image_tokens[-1] == trace.image_tokens[0]
     assert torch.equal(logits[real], expected[real])
     assert torch.equal(pruned.sequences, generated.sequences)
-    assert all(torch.equal(one, other) for one, other in zip(pruned.logits, generated.logits, strict=True))
+    for step, other in zip(pruned.logits, generated.logits, strict=True):
+        torch.testing.assert_close(step, other, atol=LAST_ROWS.get(family.name, 0), rtol=0)
 
 
 @pruners
 def test_what_stays_is_what_attention_ranks(family: Family, pruner: Pruner):
     for sample in family.samples:
         kept, margin = references.kept_sets(family, sample, pruner)
-        if margin > 1e-5:
+        if margin > 1e-5 or margin == 0:  # an exact tie, of keys beyond a window, goes to the earlier
             break
     else:
-        pytest.fail("every sample ties")
+        pytest.fail("every sample nearly ties")
     with prune(family.whole, pruner) as trace:
         family.logits(sample)
     assert {layer: trace.kept[layer][0].tolist() for layer in kept} == kept
