@@ -75,15 +75,15 @@ def evaluate(
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.evaluation import Evaluation
 
-    def evaluation_for(n_layers: int) -> Evaluation:
-        method, origin = for_task(pruner.pruner, settings, chosen.preset, n_layers)
+    def evaluation_for(attends: Sequence[bool]) -> Evaluation:
+        method, origin = for_task(pruner.pruner, settings, chosen.preset, len(attends), attends)
         return run.evaluation(chosen, where, method, origin)
 
     size, title = run.batch_size, f"{task} {name}"
     summary = do_job(evaluation_for, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
     if marker is not None:
         with refusals(), stoppable():
-            evaluation = evaluation_for(summary["settings"]["layers"])
+            evaluation = evaluation_for([True] * summary["settings"]["layers"])
             if judge.dry_run:
                 count = write_requests(out_dir, evaluation, marker, samples)
                 remark(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
@@ -130,7 +130,7 @@ def sweep(
 
     with refusals(), stoppable():
         vlm = loading.load(model)
-        cells = plan(methods, shares, vlm.n_layers, chosen.preset)
+        cells = plan(methods, shares, vlm.n_layers, chosen.preset, vlm.attends)
         evaluation, size = run.evaluation(chosen, where, Unpruned(), ""), run.batch_size
         with bars() as progress:
             follow = partial(show, progress)

@@ -95,7 +95,7 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             job = Study(task, chosen, where, study.limit, study.seed)
             samples = job.samples()
         size, title = study.batch_size, f"{experiment.name} {task.name}"
-        summary = do_job(lambda n_layers: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
+        summary = do_job(lambda attends: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
         figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]

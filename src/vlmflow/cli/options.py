@@ -6,7 +6,7 @@ What is given here and cannot be is refused by a ``ValueError``, before a model 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +82,9 @@ class PrunerOptions:
         parse_fields(self.pruner, settings)
         return settings
 
-    def make(self, n_layers: int) -> Pruner:
-        """The method for a model of so many layers."""
-        return make_pruner(self.pruner, self.settings(), n_layers)
+    def make(self, attends: Sequence[bool]) -> Pruner:
+        """The method for a model of whose layers these attend."""
+        return make_pruner(self.pruner, self.settings(), len(attends), attends)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def show(progress: Bars, title: str) -> Progress:
 
 
 def do_job(
-    job_for: Callable[[int], Job[Any]],
+    job_for: Callable[[Sequence[bool]], Job[Any]],
     loading: Loading,
     out: Path,
     on_ray: AbstractContextManager[Pool] | None,

@@ -68,8 +68,8 @@ def run(
     from vlmflow.models.ask import ask
 
     with refusals():
-        chosen = pruner.make(vlm.n_layers)
-        methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS} if compare else {}
+        chosen = pruner.make(vlm.attends)
+        methods = {name: make_pruner(name, {}, vlm.n_layers, vlm.attends) for name in PRUNERS} if compare else {}
         methods[chosen.name] = chosen
         for method in methods.values():
             method.checked_stages(vlm.n_layers, 0)
@@ -156,7 +156,7 @@ def demo(
     with refusals():
         check_folder("--out", out_dir)
         vlm = load("pico", device)
-    methods = {name: make_pruner(name, {}, vlm.n_layers) for name in PRUNERS}
+    methods = {name: make_pruner(name, {}, vlm.n_layers, vlm.attends) for name in PRUNERS}
     right = dict.fromkeys(methods, 0)
     shown: dict[str, Run] = {}
     pictures = [(sample, two_questions(sample, number)) for number, sample in enumerate(samples()[:limit])]

@@ -15,7 +15,7 @@ from vlmflow.core.families import Family, family_of
 from vlmflow.engine.cache import is_flash
 
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}  # kinds of layers
-_RECURRENT = {"linear_attention", "conv"}
+RECURRENT = {"linear_attention", "conv"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _refuse_architecture(name: str, text: Any) -> None:
 def _strange_to_us(text: Any) -> Iterator[str]:
     """What a text decoder has that the engine does not know, in words."""
     kinds = set(getattr(text.config, "layer_types", None) or ())
-    if unknown := kinds - _ATTENDING - _RECURRENT:
+    if unknown := kinds - _ATTENDING - RECURRENT:
         yield f"its layers of the kind {', '.join(sorted(unknown))} cannot be told that tokens are missing"
     if any(hasattr(layer, "cross_attn") for layer in text.layers):
         yield "its images do not stand in the sequence of tokens: they come in by cross-attention"

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmflow.core.cost import Cost
 from vlmflow.core.geometry import Geometry
-from vlmflow.engine import Trace, prune
+from vlmflow.engine import prune
 from vlmflow.evaluate.model_facts import ModelFacts, geometry_of
 from vlmflow.evaluate.rows import Row, outcomes_of, rows_of, verdicts_of
 from vlmflow.evaluate.shards import Shard, open_shards
@@ -58,21 +58,21 @@ class Evaluation:
     def make_rows(self, vlm: VLM, samples: Sequence[Sample], shards: Sequence[Shard]) -> Iterator[list[Row]]:
         """The wanted rows of each shard, answered here one after the other."""
         price = _prices(self.pruner, geometry_of(vlm))
-        with prune(vlm.model, self.pruner) as trace:
-            for batch in open_shards(shards, samples, self.task, self.prompt):
-                rows, failures = batch.ask(partial(self._answered, vlm, trace, price))
-                yield [
-                    rows[sample.id]
-                    if sample.id in rows
-                    else Row(sample, self.task.prompt(sample, self.prompt), failure=failures[sample.id])
-                    for sample in batch.wanted
-                ]
+        with prune(vlm.model, self.pruner):
+            pass  # a model that cannot be served is refused here, and not sample by sample
+        for batch in open_shards(shards, samples, self.task, self.prompt):
+            rows, failures = batch.ask(partial(self._answered, vlm, price))
+            yield [
+                rows[sample.id]
+                if sample.id in rows
+                else Row(sample, self.task.prompt(sample, self.prompt), failure=failures[sample.id])
+                for sample in batch.wanted
+            ]
 
-    def _answered(
-        self, vlm: VLM, trace: Trace, price: Price, samples: Sequence[Sample], questions: Sequence[Question]
-    ) -> list[Row]:
-        """The rows of a batch, answered inside the session that ``trace`` belongs to."""
-        answers = vlm.answer(questions, self.max_new_tokens or self.task.max_new_tokens)
+    def _answered(self, vlm: VLM, price: Price, samples: Sequence[Sample], questions: Sequence[Question]) -> list[Row]:
+        """The rows of a batch, answered in a session of its own: a text alone is then what the trace is of."""
+        with prune(vlm.model, self.pruner) as trace:
+            answers = vlm.answer(questions, self.max_new_tokens or self.task.max_new_tokens)
         by_layer, tokens = trace.image_tokens, trace.tokens[0]
         question_tokens = trace.layout.question.sum(1).tolist()
         rows = []

@@ -17,7 +17,7 @@ from vlmflow.tasks import Sample
 
 
 def launch(
-    job_for: Callable[[int], Job[Any]],
+    job_for: Callable[[Sequence[bool]], Job[Any]],
     loading: Loading,
     out: Path,
     on_ray: AbstractContextManager[Pool] | None,
@@ -26,7 +26,7 @@ def launch(
     samples: Sequence[Sample],
     progress: Progress,
 ) -> dict[str, Any] | None:
-    """Do a job, which may hang on the model's number of layers; the summary, None from all but torchrun's first.
+    """Do a job, which may hang on which of the model's layers attend; the summary, None from all but torchrun's first.
 
     ``on_ray`` is what ``connected`` gives.
 
@@ -35,15 +35,15 @@ def launch(
     """
     if on_ray is not None:
         with on_ray as pool:
-            job = job_for(pool.facts.layers)
+            job = job_for(pool.facts.attends)
             return collect(pool, job, out, batch_size=batch_size, samples=samples, progress=progress)
     if not is_torchelastic_launched():
         vlm = load(loading.name, loading.device, loading.dtype)
-        return run(vlm, job_for(vlm.n_layers), out, batch_size=batch_size, samples=samples, progress=progress)
+        return run(vlm, job_for(vlm.attends), out, batch_size=batch_size, samples=samples, progress=progress)
     if loading.device == "auto":
         raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
     vlm = load(loading.name, loading.device or own_accelerator(), loading.dtype)
-    ranks, job = Ranks(vlm), job_for(vlm.n_layers)
+    ranks, job = Ranks(vlm), job_for(vlm.attends)
     if ranks.rank:
         return ranks.help(job, samples)
     return collect(ranks, job, out, batch_size=batch_size, samples=samples, progress=progress)

@@ -18,10 +18,15 @@ class ModelFacts:
 
     name: str
     weights: str
-    layers: int
+    attends: tuple[bool, ...]  # of each layer
     dtype: str
     attention: str
     geometry: Geometry | None
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.attends)
 
     @classmethod
     def of(cls, vlm: VLM) -> ModelFacts:
@@ -30,7 +35,7 @@ class ModelFacts:
         return cls(
             name=vlm.name,
             weights=fingerprint(model),
-            layers=vlm.n_layers,
+            attends=vlm.attends,
             dtype=str(model.dtype).removeprefix("torch."),
             attention=model.config.get_text_config(decoder=True)._attn_implementation,
             geometry=geometry_of(vlm),

@@ -40,7 +40,13 @@ class Cell:
         return self.name if self.budget is None else f"{self.name}-{self.budget:g}"
 
 
-def plan(methods: Sequence[str | type[Pruner]], budgets: Sequence[float], n_layers: int, preset: Task) -> list[Cell]:
+def plan(
+    methods: Sequence[str | type[Pruner]],
+    budgets: Sequence[float],
+    n_layers: int,
+    preset: Task,
+    attends: Sequence[bool] = (),
+) -> list[Cell]:
     """The cells of a sweep, the unpruned run first.
 
     Raises:
@@ -51,7 +57,7 @@ def plan(methods: Sequence[str | type[Pruner]], budgets: Sequence[float], n_laye
     for method in find_pruners(methods):
         for budget in dict.fromkeys(budgets) if method is not Unpruned else ():
             try:
-                cells.append(Cell(method.name, budget, with_budget(method, budget, n_layers, preset)))
+                cells.append(Cell(method.name, budget, with_budget(method, budget, n_layers, preset, attends)))
             except ValueError as error:
                 cells.append(Cell(method.name, budget, None, str(error)))
     if all(cell.pruner is None for cell in cells[1:]):

@@ -11,6 +11,8 @@ from jaxtyping import Bool
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vlmflow.engine.target import RECURRENT
+
 BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # inputs with a number a token
 
 
@@ -46,6 +48,12 @@ class VLM:
     def n_layers(self) -> int:
         """Decoder layers."""
         return self.model.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Of each decoder layer, whether it attends; the others are recurrent."""
+        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or [""] * self.n_layers
+        return tuple(kind not in RECURRENT for kind in kinds)
 
     @property
     def device(self) -> torch.device:

@@ -43,7 +43,7 @@ class Vlmflow(lmms):
         self._batch_size = int(batch_size)
         self._vlm = load(pretrained, device or own_accelerator(), dtype)
         texts = {name: str(value) for name, value in fields.items()}
-        self._pruner = make_pruner(pruner, texts, self._vlm.n_layers)
+        self._pruner = make_pruner(pruner, texts, self._vlm.n_layers, self._vlm.attends)
         self._pruner.checked_stages(self._vlm.n_layers, 0)
 
     def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
