@@ -65,3 +65,13 @@ def test_the_version_is_said_once_more_where_people_cite():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (citation["version"], citation["license"]) == (vlmflow.__version__, PROJECT["license"])
     assert PROJECT["version"] == vlmflow.__version__
+
+
+def test_the_page_quotes_the_engines_refusals():
+    """docs/methods.md says what each error says; a message that is reworded is reworded there."""
+    code = "".join(path.read_text() for path in sorted((ROOT / "src/vlmflow/engine").glob("*.py")))
+    said = re.sub(r'"\s*\n\s*f?"', "", code)
+    table = (ROOT / "docs/methods.md").read_text().split("## What cannot be pruned")[1]
+    quotes = re.findall(r"^\| .+? \| (.+?) \| .+ \|$", table, re.MULTILINE)[1:]
+    assert len(quotes) > 20
+    assert [quote for quote in quotes if quote not in said] == []
