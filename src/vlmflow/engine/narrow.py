@@ -79,6 +79,7 @@ class Narrowing:
     selections: Sequence[Selection]  # what enters each layer, the whole prompt first
     held: dict[int, Slots]  # by layer, what its cache will hold; layers that were told are entered
     target: Target
+    is_flash: bool  # whether the kernel takes 2-D padding masks
     _made: dict[tuple[str, int, int], tuple[Any, Any]] = field(default_factory=dict)
 
     @property
@@ -97,13 +98,13 @@ class Narrowing:
         Raises:
             ValueError: an argument, a window or a cache of a form that cannot be cut.
         """
-        source = self.target.source(layer_idx)
+        source = self.target.sources[layer_idx]
         layer = layer_of(kwargs.get("past_key_values"), source)
         if not self.first and slots_of(layer) is None:
             return kwargs
         mask, place = kwargs.get("attention_mask"), kwargs.get("cache_position")
         told = {name: self._shortened(name, value) for name, value in kwargs.items() if name != "attention_mask"}
-        if not self.target.attends(layer_idx):
+        if not self.target.attends[layer_idx]:
             return told | {"attention_mask": self._rows(mask)}
         self._refuse(layer)
         if source == layer_idx:
@@ -130,7 +131,7 @@ class Narrowing:
         if layer is None:
             return
         check_kind(layer)
-        if self.target.is_flash and layer.is_sliding:
+        if self.is_flash and layer.is_sliding:
             raise ValueError(
                 "vlmflow: flash attention counts a sliding window in slots, which pruning widens; load the model with "
                 'attn_implementation="sdpa"'
@@ -145,7 +146,7 @@ class Narrowing:
             return type(value)(self._shortened(name, part) for part in value)
         if not isinstance(value, Tensor) or self.length not in value.shape:
             return value
-        if name == "position_ids" and self.target.is_flash:
+        if name == "position_ids" and self.is_flash:
             return None  # ids with gaps would make flash attention see packed samples
         table = name.startswith("position_embeddings")
         axis = value.dim() - 2 if table else value.dim() - 1 if name == "position_ids" else 1
@@ -180,7 +181,7 @@ class Narrowing:
         if mask is None or mask.dim() == 2:
             if slots.all_valid:
                 return None
-            if mask is not None or self.target.is_flash:
+            if mask is not None or self.is_flash:
                 return slots.valid
             if self.selection.index.shape[1] < n_query:  # its keys are those of more tokens than its rows
                 row = self.past + self.selection.index
@@ -216,7 +217,7 @@ class Narrowing:
         earlier = None if before is None else before.views.get(layer_idx)
         if self.first <= source and earlier is None:
             return keys
-        if self.target.is_flash:
+        if self.is_flash:
             raise ValueError(
                 "vlmflow: flash attention cannot hide keys that a layer reads from an earlier one; load the model with "
                 'attn_implementation="sdpa"'

@@ -116,7 +116,7 @@ class Prefill:
         quotas = torch.tensor(keeps, dtype=torch.long).to(whole.index.device, non_blocking=True)
         drops = {row[0].layer: Drop(keep, quota) for row, keep, quota in zip(stages, keeps, quotas, strict=True)}
         selections, held = [whole] * n_layers, {}
-        narrowing = Narrowing(0, prompt.past, selections, held, target)
+        narrowing = Narrowing(0, prompt.past, selections, held, target, target.is_flash)
         return cls(pruner, target, prompt, drops, looks if drops else {}, selections, held, narrowing)
 
     @property
@@ -129,11 +129,8 @@ class Prefill:
         if not self.drops:
             return kwargs
         self.deepstack, kwargs = Deepstack.take_over(min(self.drops), kwargs)
-        shared = min(self.target.shared, default=len(self.selections))
-        if (
-            max(self.drops) >= shared and "logits_to_keep" in kwargs
-        ):  # for which Gemma 4 would compute the last rows only
-            kwargs = {**kwargs, "logits_to_keep": 0}
+        if "logits_to_keep" in kwargs and any(self.target.sources[layer_idx] != layer_idx for layer_idx in self.drops):
+            kwargs = {**kwargs, "logits_to_keep": 0}  # for which Gemma 4 would compute the last rows only
         return kwargs
 
     def enter(
@@ -233,15 +230,13 @@ class Prefill:
                 )
         if self.cache is not None:
             hold(self.cache, self.held)
-        lengths = tuple(self._kv_length(layer_idx) for layer_idx in range(len(self.selections)))
-        return Record(self.prompt.ids, self.prompt.layout, self.prompt.past, tuple(self.selections), lengths)
-
-    def _kv_length(self, layer_idx: int) -> int:
-        if not self.target.attends(layer_idx) or self.target.source(layer_idx) != layer_idx:
-            return 0
-        if layer_idx in self.held:
-            return self.held[layer_idx].length
-        return self.prompt.past + self.selections[layer_idx].index.shape[1]
+        lengths = [self.prompt.past + selection.index.shape[1] for selection in self.selections]
+        for layer_idx, source in enumerate(self.target.sources):
+            if layer_idx in self.held:
+                lengths[layer_idx] = self.held[layer_idx].length
+            elif source != layer_idx or not self.target.attends[layer_idx]:
+                lengths[layer_idx] = 0
+        return Record(self.prompt.ids, self.prompt.layout, self.prompt.past, tuple(self.selections), tuple(lengths))
 
 
 def _check_question(pruner: Pruner, stages: list[tuple[Stage, ...]], whole: Selection) -> None:

@@ -41,13 +41,13 @@ class Look:
         for stage in pruner.checked_stages(len(target.layers), 0):
             if stage.queries is not None:
                 attending = [
-                    layer_idx for layer_idx in range(since, stage.scored_layer + 1) if target.attends(layer_idx)
+                    layer_idx for layer_idx in range(since, stage.scored_layer + 1) if target.attends[layer_idx]
                 ]
                 if not attending:
                     raise ValueError(
                         f"vlmflow: {pruner} prunes before layer {stage.layer} by attention, but layers {since} to "
                         f"{stage.scored_layer} of this model are recurrent and have none; its attention layers are "
-                        f"{', '.join(str(i) for i in range(len(target.layers)) if target.attends(i))}"
+                        f"{', '.join(str(i) for i in range(len(target.layers)) if target.attends[i])}"
                     )
                 looks[stage.layer] = cls(attending[-1], stage.queries, attending[-1] == stage.layer)
             since = stage.layer

@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Session:
                 raise ValueError(
                     f"vlmflow: a tap wants layer {layer_idx}, but this model has layers 0 to {n_layers - 1}"
                 )
-            if not target.attends(layer_idx):
+            if not target.attends[layer_idx]:
                 raise ValueError(f"vlmflow: a tap wants layer {layer_idx}, which is recurrent and has no attention")
         self._pruner = pruner
         self._taps = tuple(taps)
@@ -132,9 +133,7 @@ class Session:
         keep(target.embedding.register_forward_pre_hook(_Hook(self._note_embedded)))
         keep(target.text.register_forward_pre_hook(_Hook(self._enter_text), with_kwargs=True))
         keep(target.text.register_forward_hook(_Hook(self._leave_text), always_call=True))
-        shared = target.shared.values() if self._stage_layers else ()
-        first = min([*self._stage_layers, *self._read_layers, *shared, len(target.layers)])
-        for layer_idx in range(first, len(target.layers)):
+        for layer_idx in range(self._first_hooked(), len(target.layers)):
             hook = _Hook(self._before_layer(layer_idx))
             keep(target.layers[layer_idx].register_forward_pre_hook(hook, with_kwargs=True))
         for tap in self._taps:
@@ -143,6 +142,12 @@ class Session:
                 keep(target.layers[layer_idx].register_forward_pre_hook(hook, with_kwargs=True))
         if self._stage_layers:
             keep(target.layers[-1].register_forward_hook(_Hook(self._after_last_layer)))
+
+    def _first_hooked(self) -> int:
+        """The first layer that is told anything: one that drops or ranks, or whose keys later layers read."""
+        sources, n_layers = self._target.sources, len(self._target.layers)
+        read = [source for layer_idx, source in enumerate(sources) if source != layer_idx and self._stage_layers]
+        return min([*self._stage_layers, *self._read_layers, *read, n_layers])
 
     # the models around the text decoder
 
@@ -228,9 +233,9 @@ class Session:
     # the decoder layers
 
     def _before_layer(self, layer_idx: int) -> Callable[..., Any]:
-        target, is_pruned = self._target, layer_idx >= min([*self._stage_layers, *self._target.shared.values()])
-        names = tuple(inspect.signature(type(target.layers[layer_idx]).forward).parameters)[1:]
-        source, config = target.source(layer_idx), target.text.config
+        target, is_read = self._target, layer_idx < min(self._stage_layers) and layer_idx in self._read_layers
+        names = _parameters(type(target.layers[layer_idx]))
+        source, config = target.sources[layer_idx], target.text.config
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             prefill = self._calls.prefill()
@@ -238,12 +243,12 @@ class Session:
                 named = dict(zip(names, args, strict=False)) | kwargs  # one form for all: the layer's input, then names
                 hidden, kwargs = prefill.enter(layer_idx, module, named.pop(names[0]), named)
                 return (hidden,), kwargs
-            return (args, follow(layer_idx, source, _hidden(args, kwargs), kwargs, config)) if is_pruned else None
+            return None if is_read else (args, follow(layer_idx, source, _hidden(args, kwargs), kwargs, config))
 
         return hook
 
     def _before_tapped_layer(self, layer_idx: int, tap: Tap) -> Callable[..., None]:
-        source = self._target.source(layer_idx)
+        source = self._target.sources[layer_idx]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             prefill, layer = self._calls.prefill(), layer_of(kwargs.get("past_key_values"), source)
@@ -281,6 +286,12 @@ class _Hook:
 
 def _do_nothing(*call: Any) -> None:
     """The hook of a copy."""
+
+
+@cache
+def _parameters(layer: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a decoder layer's forward takes, in order."""
+    return tuple(inspect.signature(layer.forward).parameters)[1:]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -28,12 +28,26 @@ class Target:
     image_token_ids: tuple[int, ...]
     family: Family
 
-    @property
+    @cached_property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         layers = self.text.layers
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    @cached_property
+    def attends(self) -> tuple[bool, ...]:
+        """Of each layer, whether it attends; others are recurrent: linear attention or short convolutions."""
+        return tuple(hasattr(layer, "self_attn") for layer in self.layers)
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Of each layer, the one whose keys and values it reads: itself, or an earlier one (Gemma 3n and 4)."""
+        config, n_layers = self.text.config, len(self.layers)
+        n_own = n_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+        kinds = getattr(config, "layer_types", None) or ()
+        shared = (max(i for i in range(n_own) if kinds[i] == kinds[layer]) for layer in range(n_own, n_layers))
+        return *range(n_own), *shared
 
     @property
     def embedding(self) -> nn.Module:
@@ -45,25 +59,6 @@ class Target:
     def attention(self, layer_idx: int) -> Any:
         """The attention module of a layer that has one."""
         return self.layers[layer_idx].self_attn
-
-    def attends(self, layer_idx: int) -> bool:
-        """Whether a layer is an attention layer; others are recurrent: linear attention or short convolutions."""
-        return hasattr(self.layers[layer_idx], "self_attn")
-
-    def source(self, layer_idx: int) -> int:
-        """The layer whose keys and values a layer reads: its own but where those of an earlier one are shared."""
-        return self.shared.get(layer_idx, layer_idx)
-
-    @cached_property
-    def shared(self) -> dict[int, int]:
-        """Layers that read the keys and values of an earlier one, and that one (Gemma 3n and 4)."""
-        config = self.text.config
-        first = len(self.layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
-        kinds = getattr(config, "layer_types", None) or ()
-        return {
-            layer_idx: max(other for other in range(first) if kinds[other] == kinds[layer_idx])
-            for layer_idx in range(first, len(self.layers))
-        }
 
     @property
     def is_flash(self) -> bool:
