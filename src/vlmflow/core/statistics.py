@@ -99,7 +99,8 @@ class Resampled:
     def interval(self, statistic: Statistic) -> Interval:
         """A number made of the columns, with its interval."""
         with np.errstate(divide="ignore", invalid="ignore"):  # infinities and nan are values as well
-            return Interval.of(float(statistic(self.value[None])[0]), statistic(self.resampled))
+            both = statistic(np.concatenate([self.value[None], self.resampled]))
+        return Interval.of(float(both[0]), both[1:])
 
     def p_of_zero(self, statistic: Statistic) -> float:
         """Two-sided p that a number made of the columns is 0: twice the smaller share of resamples on a side of 0."""
