@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 import tiny
 from vlmflow import FastV, HiMAP, PyramidDrop, attach, prune
@@ -206,3 +207,51 @@ class TestTheTrace:
         assert [states.shape[1] for states in out.hidden_states[1:-1]] == lengths[:-1]
         assert out.hidden_states[0].shape[1] == out.hidden_states[-1].shape[1] == length
         assert out.logits.shape[1] == length
+
+
+class TestRefusesByFamily:
+    """Small models of types whose layers count for themselves (``tests/families`` has the laws of those that work)."""
+
+    def test_llama4_beyond_the_length_at_which_it_counts(self):
+        model = llama4()
+        ids = torch.tensor([[3] * 5 + [100] * 16 + [4] * 7])
+        with prune(model, HIMAP) as trace:
+            logits(model, {"inputs_embeds": model.get_input_embeddings()(ids)})
+            assert trace.image_tokens[-1] == (4,)
+        model.config.text_config.floor_scale = 28
+        with prune(model, HIMAP), pytest.raises(ValueError, match="counts positions in what is left from 28 tokens on"):
+            logits(model, {"inputs_embeds": model.get_input_embeddings()(ids)})
+
+    def test_ministral_with_flash_attention(self, copied):
+        text = copied.model.language_model.config
+        text._attn_implementation = "flash_attention_2"
+        text.rope_parameters = {**text.rope_parameters, "llama_4_scaling_beta": 0.1}
+        with pytest.raises(ValueError, match="scales queries by their positions"):
+            attach(copied, HIMAP)
+
+
+def llama4():
+    """Its text decoder inside the whole model, small."""
+    text = {
+        **{name: value for name, value in tiny.TEXT.items() if name != "vocab_size"},
+        "vocab_size": 128,
+        "num_hidden_layers": 6,
+        "intermediate_size_mlp": 128,
+        "num_local_experts": 2,
+        "head_dim": 16,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 4,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
+    }
+    config = Llama4Config(text_config=text, vision_config=vision, image_token_index=100)
+    model = Llama4ForConditionalGeneration(config).eval()
+    tiny.randomize(model)
+    return model

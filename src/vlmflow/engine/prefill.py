@@ -113,6 +113,8 @@ class Prefill:
         for row in stages:
             left = tuple(min(stage.keep, count) for stage, count in zip(row, left, strict=True))
             keeps.append(left)
+        if stages:
+            target.refuse_length(prompt.past + whole.index.shape[1])
         quotas = torch.tensor(keeps, dtype=torch.long).to(whole.index.device, non_blocking=True)
         drops = {row[0].layer: Drop(keep, quota) for row, keep, quota in zip(stages, keeps, quotas, strict=True)}
         selections, held = [whole] * n_layers, {}
@@ -197,9 +199,10 @@ class Prefill:
 
     def positions(self, layer_idx: int) -> Int[Tensor, "batch position"]:
         """The positions that the keys of a layer that was told will stand for in this prefill."""
-        if layer_idx in self.held:
-            return self.held[layer_idx].position
-        batch, length = self.selection.index.shape
+        source = self.target.sources[layer_idx]
+        if source in self.held:
+            return self.held[source].position
+        batch, length = self.selections[source].index.shape
         return torch.arange(self.prompt.past + length, device=self.selection.index.device).expand(batch, -1)
 
     def leave(

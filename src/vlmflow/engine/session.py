@@ -82,6 +82,10 @@ class Session:
                 )
             if not target.attends[layer_idx]:
                 raise ValueError(f"vlmflow: a tap wants layer {layer_idx}, which is recurrent and has no attention")
+            if pruner.stages(n_layers, 0) and target.sources[layer_idx] != layer_idx:
+                raise ValueError(
+                    f"vlmflow: a tap wants layer {layer_idx}, whose keys are another's and hold dropped tokens"
+                )
         self._pruner = pruner
         self._taps = tuple(taps)
         self._stage_layers = [stage.layer for stage in pruner.checked_stages(n_layers, 0)]

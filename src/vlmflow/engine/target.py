@@ -60,6 +60,19 @@ class Target:
         """The attention module of a layer that has one."""
         return self.layers[layer_idx].self_attn
 
+    def refuse_length(self, length: int) -> None:
+        """Refuse a prompt whose length makes layers count positions in what they are given.
+
+        Raises:
+            ValueError: Llama 4 scales queries without rotary positions by their place, from ``floor_scale`` tokens on.
+        """
+        config = self.text.config
+        if getattr(config, "attn_temperature_tuning", False) and length >= config.floor_scale:
+            raise ValueError(
+                f"vlmflow: {type(self.core).__name__} counts positions in what is left from {config.floor_scale} "
+                f"tokens on, and this prompt has {length}; prune shorter prompts, or set attn_temperature_tuning to False"
+            )
+
     @property
     def is_flash(self) -> bool:
         """Whether the text decoder's kernel takes 2-D padding masks."""
@@ -149,6 +162,11 @@ def _refuse_architecture(name: str, text: Any) -> None:
         raise ValueError(
             f"vlmflow: {name} runs flex_attention, whose block masks cannot be narrowed; load it with "
             'attn_implementation="sdpa"'
+        )
+    if is_flash(text.config) and (getattr(text.config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+        raise ValueError(
+            f"vlmflow: {name} scales queries by their positions, which flash attention would take for packed texts "
+            'where tokens are missing; load it with attn_implementation="sdpa"'
         )
 
 
