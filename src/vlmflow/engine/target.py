@@ -70,7 +70,7 @@ class Target:
         if getattr(config, "attn_temperature_tuning", False) and length >= config.floor_scale:
             raise ValueError(
                 f"vlmflow: {type(self.core).__name__} counts positions in what is left from {config.floor_scale} "
-                f"tokens on, and this prompt has {length}; prune shorter prompts, or set attn_temperature_tuning to False"
+                f"tokens on, and this prompt has {length}; prune shorter ones, or set attn_temperature_tuning to False"
             )
 
     @property
