@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
-LAWS := tests/models/test_checkpoints.py tests/engine/test_laws.py tests/engine/test_generate.py tests/engine/test_attach.py tests/engine/test_kernels.py tests/engine/test_tap.py
+LAWS := tests/engine tests/families tests/models/test_checkpoints.py
 
 .PHONY: demo test lint types tests compat lmms bench results pages gpu pico clean
 
