@@ -100,7 +100,7 @@ def test_a_row_that_sees_nothing_is_an_error_unless_it_only_fills_up(heads, dtyp
     rows, valid = torch.tensor([[3, 4], [3, 4]]), torch.tensor([[True, True], [True, False]])
     assert (QueryRows.take(query, key, mask, rows, valid).weights()[1, :, 1] == 0).all()
     with pytest.raises(RuntimeError, match="sees no token"):
-        QueryRows.take(query, key, mask, rows, torch.ones_like(valid)).received()
+        QueryRows.take(query, key, mask, rows, torch.ones_like(valid)).refuse_blind()
 
 
 def test_take_sequence_with_leading_axes():

@@ -119,10 +119,6 @@ class QueryRows:
         """Attention weights of rows ``first`` to ``last``, in float32 from the products on.
 
         Half precision would not hold the products: those of float16 overflow where keys have large biases.
-
-        Raises:
-            RuntimeError: a valid row that sees no key, or that of a query or key that is no number; on an accelerator
-                when it gets there, so that nothing waits for it.
         """
         query, mask, row_valid = (
             self.query[:, :, first:last].float(),
@@ -138,19 +134,23 @@ class QueryRows:
             logits = torch.tanh(logits / self.scoring.softcap) * self.scoring.softcap
         if self.scoring.bias is not None:
             logits = logits + self.scoring.bias[:, :, first:last].float()
-        if mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        else:
-            logits = logits + mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
         if self.scoring.sinks is not None:
             sinks = self.scoring.sinks.float().view(1, heads, 1, 1).expand(batch, heads, n_row, 1)
             logits = torch.cat([logits, sinks], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., :n_key]
-        weights = weights.masked_fill(~row_valid[:, None, :, None], 0.0)
-        torch.ops.aten._assert_async.msg(
-            (weights[..., 0] >= 0).all(), "vlmflow: a token whose attention ranks sees no token at all"
-        )
-        return weights
+        return weights.nan_to_num(0.0) * row_valid[:, None, :, None]
+
+    def refuse_blind(self) -> None:
+        """Refuse rows that see no key, of which nothing can be ranked.
+
+        Raises:
+            RuntimeError: there is a valid one; on an accelerator when it gets there, so that nothing waits for it.
+        """
+        mask = self.mask
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+        sees = seen.any((1, 3)) | ~self.row_valid
+        torch.ops.aten._assert_async.msg(sees.all(), "vlmflow: a token whose attention ranks sees no token at all")
 
     def received(self) -> Float[Tensor, "batch key"]:
         """Attention that each key receives: mean over heads, sum over the rows (Eq. 8 and 9)."""

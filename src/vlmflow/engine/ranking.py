@@ -81,6 +81,8 @@ class Reading:
             key = key[:, :, : self.filled + call.query.shape[2]]
         with torch.no_grad():
             self.seen = QueryRows.take(call.query, key, call.mask, self.rows, self.row_valid, call.scoring)
+            if call.mask is not None and call.mask.dim() == 4:  # else every token sees itself
+                self.seen.refuse_blind()
         return call.run()
 
 
