@@ -35,6 +35,9 @@ def as_squares(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictur
     return [(side, side)] * n_pictures
 
 
+READERS = (by_patch_grid, by_size, as_squares)  # the first that fits an encoded prompt is right
+
+
 def _is_untiled(inputs: Mapping[str, Any], n_pictures: int) -> bool:
     pixels = inputs.get("pixel_values")
     return pixels is not None and pixels.shape[:-3].numel() == n_pictures
