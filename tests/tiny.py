@@ -162,6 +162,16 @@ def pixtral_image(size: Size, rng: torch.Generator) -> Picture:
     return [*ids[:-1], END], {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
 
 
+def siglip2_image(size: Size, rng: torch.Generator) -> Picture:
+    """Patches in a row, as many as the size has."""
+    rows, columns = size[0] // PATCH, size[1] // PATCH
+    return [START, *[IMAGE] * (rows * columns // 4), END], {
+        "pixel_values": torch.randn(1, rows * columns, 3 * PATCH * PATCH, generator=rng),
+        "spatial_shapes": torch.tensor([[rows, columns]]),
+        "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
+    }
+
+
 def qwen_patches(size: Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     grid = torch.tensor([size[0] // 2, size[1] // PATCH, size[2] // PATCH])
     return torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=rng), grid[None]
@@ -346,6 +356,42 @@ def qwen3_vl_moe(layers: int):
     return qwen3_vl(layers, "Qwen3VLMoeConfig", **experts, decoder_sparse_step=1)
 
 
+def qwen3_5(layers: int):
+    config = hf.Qwen3_5Config(
+        text_config={
+            **TEXT,
+            **HEAD,
+            **mrope(1, 1, 0, mrope_interleaved=True, partial_rotary_factor=0.25),
+            "num_hidden_layers": layers,
+            "layer_types": [("linear_attention", "full_attention")[i % 2] for i in range(layers)],
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_value_head_dim": 8,
+        },
+        vision_config={**QWEN_VISION, "num_position_embeddings": 64},
+        **VISION_IDS,
+    )
+    return config, {"image": ((32, 32), qwen_image)}, QWEN_SPECS
+
+
+def lfm2_vl(layers: int):
+    text = {key: value for key, value in TEXT.items() if key != "tie_word_embeddings"}
+    config = hf.Lfm2VlConfig(
+        text_config={
+            **text,
+            "num_hidden_layers": layers,
+            "layer_types": [("conv", "full_attention")[i % 2] for i in range(layers)],
+            "block_multiple_of": 32,
+        },
+        vision_config=hf.Siglip2VisionConfig(**VISION, num_patches=64, patch_size=PATCH, vision_use_head=False),
+        image_token_id=IMAGE,
+        projector_hidden_size=48,
+        tie_word_embeddings=False,
+    )
+    return config, {"image": ((32, 32), siglip2_image)}, QWEN_SPECS
+
+
 def glm4v(layers: int):
     rope = mrope(2, 1, 1, partial_rotary_factor=0.5)
     config = hf.Glm4vConfig(
@@ -417,6 +463,9 @@ FAMILIES = {
 }
 
 
+RECURRENT = {family.__name__: family for family in (qwen3_5, lfm2_vl)}  # tests/families has the laws on these
+
+
 def build(name: str, attn: str = "sdpa", layers: int = 6) -> Tiny:
     """The tiny model of one family; cached, so that equal calls share one model."""
     return _build(name, attn, layers)
@@ -424,7 +473,7 @@ def build(name: str, attn: str = "sdpa", layers: int = 6) -> Tiny:
 
 @cache
 def _build(name: str, attn: str, layers: int) -> Tiny:
-    config, drawers, specs = FAMILIES[name](layers)
+    config, drawers, specs = {**FAMILIES, **RECURRENT}[name](layers)
     with torch.random.fork_rng():
         model = hf.AutoModelForImageTextToText.from_config(config, attn_implementation=attn)
     randomize(model)
