@@ -73,8 +73,9 @@ def test_a_batch_costs_its_samples():
     with prune(small.model, PRUNERS[0]) as trace:
         small.model(**small.collate(small.samples))
         together = trace.cost()
-        alone = []
-        for sample in small.samples:
+    alone = []
+    for sample in small.samples:  # a session each: a trace is of the newest prompt with an image, where there was one
+        with prune(small.model, PRUNERS[0]) as trace:
             small.model(**sample)
             alone.append(trace.cost())
     assert together == sum(alone[1:], alone[0])
