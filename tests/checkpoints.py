@@ -399,14 +399,9 @@ FAMILIES = {
     ),
     "qwen2_vl": qwen("Qwen2VLProcessor", min_pixels=16 * 16, max_pixels=48 * 48),
     "qwen2_5_vl": qwen("Qwen2_5_VLProcessor", min_pixels=16 * 16, max_pixels=48 * 48),
-    "qwen3_vl": qwen(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48 * 48, "shortest_edge": 16 * 16}
-    ),
-    "qwen3_vl_moe": qwen(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48 * 48, "shortest_edge": 16 * 16}
-    ),
-    "qwen3_5": qwen(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48 * 48, "shortest_edge": 16 * 16}
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        qwen("Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48**2, "shortest_edge": 16**2}),
     ),
     "glm4v": Family(
         "PreTrainedTokenizerFast",
@@ -492,6 +487,7 @@ COUNTS = {  # family -> the image tokens of the square picture, of the square an
     "qwen3_vl": (25, 57, 36),
     "qwen3_vl_moe": (25, 57, 36),
     "qwen3_5": (25, 57, 36),
+    "qwen3_5_moe": (25, 57, 36),
     "glm4v": (25, 57, 36),
     "gemma3": (16, 32, 16),
     "paligemma": (16, 32, 16),

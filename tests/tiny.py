@@ -232,6 +232,7 @@ VISION_IDS = {
 }
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 HEAD = {"head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 PLAIN = ([5, "image", 7], [3, "image", 4, "image", 6], [2, "image", 5])
 
@@ -352,12 +353,11 @@ def qwen3_vl(layers: int, config_class: str = "Qwen3VLConfig", **more: object):
 
 
 def qwen3_vl_moe(layers: int):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    return qwen3_vl(layers, "Qwen3VLMoeConfig", **experts, decoder_sparse_step=1)
+    return qwen3_vl(layers, "Qwen3VLMoeConfig", **EXPERTS, decoder_sparse_step=1)
 
 
-def qwen3_5(layers: int):
-    config = hf.Qwen3_5Config(
+def qwen3_5(layers: int, config_class: str = "Qwen3_5Config", **more: object):
+    config = getattr(hf, config_class)(
         text_config={
             **TEXT,
             **HEAD,
@@ -368,11 +368,16 @@ def qwen3_5(layers: int):
             "linear_key_head_dim": 16,
             "linear_num_value_heads": 4,
             "linear_value_head_dim": 8,
+            **more,
         },
         vision_config={**QWEN_VISION, "num_position_embeddings": 64},
         **VISION_IDS,
     )
     return config, {"image": ((32, 32), qwen_image)}, QWEN_SPECS
+
+
+def qwen3_5_moe(layers: int):
+    return qwen3_5(layers, "Qwen3_5MoeConfig", **EXPERTS, shared_expert_intermediate_size=48)
 
 
 def lfm2_vl(layers: int):
@@ -463,7 +468,9 @@ FAMILIES = {
 }
 
 
-RECURRENT = {family.__name__: family for family in (qwen3_5, lfm2_vl)}  # tests/families has the laws on these
+RECURRENT = {
+    family.__name__: family for family in (qwen3_5, qwen3_5_moe, lfm2_vl)
+}  # tests/families has the laws on these
 
 
 def build(name: str, attn: str = "sdpa", layers: int = 6) -> Tiny:

@@ -39,7 +39,7 @@ def test_a_pruned_prefill_costs_what_the_trace_says(family, pruner):
 @pytest.mark.parametrize("family", tiny.RECURRENT)
 def test_a_pruned_prefill_with_recurrent_layers_costs_what_the_trace_says(family, pruner):
     small = tiny.build(family)
-    model, geometry = small.model, Geometry.from_config(small.model.config)
+    model, geometry = countable(small), Geometry.from_config(small.model.config)
     assert geometry.vision is not None
     for sample in (small.samples[0], small.sample([3, (64, 64), 9])):  # one chunk of 64 tokens, and two
         with prune(model, pruner) as trace, counting() as counted:

@@ -82,7 +82,8 @@ def paper_flops(geometry: Geometry, schedule: Schedule) -> int:
     _check(geometry, schedule, 0)
     d, total = geometry.hidden, 0
     for layer, n in enumerate(schedule):
-        active = geometry.experts_per_token * geometry.expert_intermediate
+        shared = geometry.intermediate if geometry.shared_expert else 0
+        active = geometry.experts_per_token * geometry.expert_intermediate + shared
         m = active if geometry.routed(layer) else geometry.intermediate
         total += 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
     return total
@@ -106,7 +107,8 @@ def _decoder_flops(g: Geometry, new: Sequence[int], past: Sequence[int], attenti
     for layer, (n, p) in enumerate(zip(new, past, strict=True)):
         mlp = matrices * g.intermediate
         if g.routed(layer):
-            mlp = g.experts + matrices * g.experts_per_token * g.expert_intermediate  # router first
+            shared = mlp + 1 if g.shared_expert else 0  # with its gate
+            mlp = g.experts + matrices * g.experts_per_token * g.expert_intermediate + shared  # router first
         total += 2 * n * g.hidden * mlp
         if g.recurrence is None or g.attends(layer):
             total += 2 * n * (_projections(g) + g.hidden * g.heads * g.head_dim)  # q, k and v, then o

@@ -26,6 +26,7 @@ from vlmflow.core.widths import (
     qwen2_5_vl_tower,
     qwen2_vl_tower,
     qwen3_5_decoder,
+    qwen3_5_moe_decoder,
     qwen3_5_tower,
     qwen3_vl_tower,
     routed_decoder,
@@ -62,6 +63,7 @@ FAMILIES = {
         Family("qwen3_vl", "Qwen3-VL", qwen3_vl_tower, texts=("qwen3_vl_text",)),
         Family("qwen3_vl_moe", "Qwen3-VL MoE", qwen3_vl_tower, texts=("qwen3_vl_moe_text",), decoder=routed_decoder),
         Family("qwen3_5", "Qwen3.5", qwen3_5_tower, texts=("qwen3_5_text",), decoder=qwen3_5_decoder),
+        Family("qwen3_5_moe", "Qwen3.5 MoE", qwen3_5_tower, texts=("qwen3_5_moe_text",), decoder=qwen3_5_moe_decoder),
         Family("glm4v", "GLM-4.1V", glm4v_tower, texts=("glm4v_text",)),
         Family("gemma3", "Gemma 3", gemma3_tower),
         Family("paligemma", "PaliGemma 1, 2", paligemma_tower, answer_type=1),  # the suffix, which is causal
@@ -121,7 +123,6 @@ FAMILIES = {
         Family("qianfan_ocr", "Qianfan-OCR"),
         Family("qwen2_5_omni", "Qwen2.5-Omni"),
         Family("qwen2_5_omni_thinker", "Qwen2.5-Omni, its thinker alone"),
-        Family("qwen3_5_moe", "Qwen3.5 MoE"),
         Family("qwen3_omni_moe", "Qwen3-Omni"),
         Family("qwen3_omni_moe_thinker", "Qwen3-Omni, its thinker alone"),
         Family("shieldgemma2", "ShieldGemma 2"),

@@ -60,8 +60,9 @@ class Geometry:
 
     ``windows`` holds each layer's sliding window in tokens (None: the layer sees all); empty means none.
     With ``experts``, every layer but ``dense_layers`` routes a token to ``experts_per_token`` MLPs of width
-    ``expert_intermediate``. With ``gated_attention`` a second query projection gates what attention gives. A decoder
-    whose layers all attend has no ``recurrence``.
+    ``expert_intermediate``; a ``shared_expert`` of width ``intermediate`` runs beside them, behind a gate of one
+    number a token. With ``gated_attention`` a second query projection gates what attention gives. A decoder whose
+    layers all attend has no ``recurrence``.
     """
 
     hidden: int
@@ -75,6 +76,7 @@ class Geometry:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
+    shared_expert: bool = False
     dense_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
     gated_attention: bool = False

@@ -49,11 +49,16 @@ class Config:
 # -- text decoders
 
 
-def dense_decoder(text: Config, *others: str) -> Geometry:
-    """Layers of q, k, v and o projections and a gated MLP; attention is of a known kind, or of one of ``others``."""
+def dense_decoder(text: Config) -> Geometry:
+    """Layers of q, k, v and o projections and a gated MLP."""
+    return _decoder(text, text.intermediate_size)
+
+
+def _decoder(text: Config, intermediate: int, *others: str) -> Geometry:
+    """The same with an MLP of that width; layers attend in a known way, or are of one of the ``others``' kinds."""
     return Geometry(
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=intermediate,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads or text.num_attention_heads,
@@ -77,6 +82,21 @@ def routed_decoder(text: Config) -> Geometry:
 
 def qwen3_5_decoder(text: Config) -> Geometry:
     """Gated attention in some layers, the gated delta rule in the others."""
+    return _gated_decoder(text, text.intermediate_size)
+
+
+def qwen3_5_moe_decoder(text: Config) -> Geometry:
+    """The same, but all layers route each token to a few of many gated MLPs, and through one that all share."""
+    return replace(
+        _gated_decoder(text, text.shared_expert_intermediate_size),
+        experts=text.num_experts,
+        experts_per_token=text.num_experts_per_tok,
+        expert_intermediate=text.moe_intermediate_size,
+        shared_expert=True,
+    )
+
+
+def _gated_decoder(text: Config, intermediate: int) -> Geometry:
     keys = text.linear_num_key_heads * text.linear_key_head_dim
     values = text.linear_num_value_heads * text.linear_value_head_dim
     inwards = 2 * keys + 2 * values + 2 * text.linear_num_value_heads  # q and k, v and z, b and a
@@ -89,7 +109,7 @@ def qwen3_5_decoder(text: Config) -> Geometry:
         key_dim=text.linear_key_head_dim,
         value_dim=text.linear_value_head_dim,
     )
-    return replace(dense_decoder(text, "linear_attention"), gated_attention=True, recurrence=recurrence)
+    return replace(_decoder(text, intermediate, "linear_attention"), gated_attention=True, recurrence=recurrence)
 
 
 def lfm2_decoder(text: Config) -> Geometry:
@@ -105,7 +125,7 @@ def lfm2_decoder(text: Config) -> Geometry:
         channels=text.hidden_size,
         kernel=text.conv_L_cache,
     )
-    return replace(dense_decoder(text, "conv"), intermediate=width, recurrence=recurrence)
+    return replace(_decoder(text, width, "conv"), recurrence=recurrence)
 
 
 def _layers_of(text: Config, kind: str) -> tuple[int, ...]:
