@@ -200,6 +200,13 @@ You are a helpful assistant.<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
+LFM2_CHAT = """\
+{{- bos_token -}}{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}\
+{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}{%- for item in message['content'] -%}\
+{%- if item['type'] == 'image' -%}{{- '<image>' -}}{%- elif item['type'] == 'text' -%}{{- item['text'] -}}{%- endif -%}\
+{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}\
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
 GLM_CHAT = """\
 [gMASK]<sop>
 {%- for m in messages %}{%- if m.role == 'user' %}<|user|>
@@ -392,11 +399,9 @@ FAMILIES = {
     ),
     "qwen2_vl": qwen("Qwen2VLProcessor", min_pixels=16 * 16, max_pixels=48 * 48),
     "qwen2_5_vl": qwen("Qwen2_5_VLProcessor", min_pixels=16 * 16, max_pixels=48 * 48),
-    "qwen3_vl": qwen(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48 * 48, "shortest_edge": 16 * 16}
-    ),
-    "qwen3_vl_moe": qwen(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48 * 48, "shortest_edge": 16 * 16}
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        qwen("Qwen3VLProcessor", "Qwen2VLImageProcessorFast", size={"longest_edge": 48**2, "shortest_edge": 16**2}),
     ),
     "glm4v": Family(
         "PreTrainedTokenizerFast",
@@ -439,6 +444,33 @@ FAMILIES = {
             "size": square(16),
         },
     ),
+    "lfm2_vl": Family(
+        "PreTrainedTokenizerFast",
+        "bytes",
+        ("<|startoftext|>", "<|im_end|>", "<|pad|>", None),
+        CHATML
+        | numbered(tiny.IMAGE, "<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>")
+        | numbered(110, *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5))),
+        "Lfm2VlProcessor",
+        {
+            **PIXELS,
+            "image_processor_type": "Lfm2VlImageProcessorFast",
+            "do_image_splitting": True,
+            "do_pad": True,
+            "downsample_factor": 2,
+            "encoder_patch_size": tiny.PATCH,
+            "max_image_tokens": 16,
+            "max_num_patches": 64,
+            "max_tiles": 4,
+            "min_image_tokens": 4,
+            "min_tiles": 2,
+            "size": square(TILE),
+            "tile_size": TILE,
+            "use_thumbnail": True,
+        },
+        {"image_token": "<image>"},
+        template=LFM2_CHAT,
+    ),
 }
 
 SIZES = {"square": (40, 40), "tall": (30, 60), "wide": (200, 50)}  # width, height
@@ -454,7 +486,10 @@ COUNTS = {  # family -> the image tokens of the square picture, of the square an
     "qwen2_5_vl": (25, 57, 36),
     "qwen3_vl": (25, 57, 36),
     "qwen3_vl_moe": (25, 57, 36),
+    "qwen3_5": (25, 57, 36),
+    "qwen3_5_moe": (25, 57, 36),
     "glm4v": (25, 57, 36),
     "gemma3": (16, 32, 16),
     "paligemma": (16, 32, 16),
+    "lfm2_vl": (16, 26, 80),  # 4 x 4; 4 x 4 and 5 x 2; 4 tiles and the small picture, 2 x 8
 }

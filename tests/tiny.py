@@ -162,6 +162,16 @@ def pixtral_image(size: Size, rng: torch.Generator) -> Picture:
     return [*ids[:-1], END], {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
 
 
+def siglip2_image(size: Size, rng: torch.Generator) -> Picture:
+    """Patches in a row, as many as the size has."""
+    rows, columns = size[0] // PATCH, size[1] // PATCH
+    return [START, *[IMAGE] * (rows * columns // 4), END], {
+        "pixel_values": torch.randn(1, rows * columns, 3 * PATCH * PATCH, generator=rng),
+        "spatial_shapes": torch.tensor([[rows, columns]]),
+        "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
+    }
+
+
 def qwen_patches(size: Size, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     grid = torch.tensor([size[0] // 2, size[1] // PATCH, size[2] // PATCH])
     return torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=rng), grid[None]
@@ -222,6 +232,7 @@ VISION_IDS = {
 }
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 HEAD = {"head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 PLAIN = ([5, "image", 7], [3, "image", 4, "image", 6], [2, "image", 5])
 
@@ -342,8 +353,48 @@ def qwen3_vl(layers: int, config_class: str = "Qwen3VLConfig", **more: object):
 
 
 def qwen3_vl_moe(layers: int):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    return qwen3_vl(layers, "Qwen3VLMoeConfig", **experts, decoder_sparse_step=1)
+    return qwen3_vl(layers, "Qwen3VLMoeConfig", **EXPERTS, decoder_sparse_step=1)
+
+
+def qwen3_5(layers: int, config_class: str = "Qwen3_5Config", **more: object):
+    config = getattr(hf, config_class)(
+        text_config={
+            **TEXT,
+            **HEAD,
+            **mrope(1, 1, 0, mrope_interleaved=True, partial_rotary_factor=0.25),
+            "num_hidden_layers": layers,
+            "layer_types": [("linear_attention", "full_attention")[i % 2] for i in range(layers)],
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_value_head_dim": 8,
+            **more,
+        },
+        vision_config={**QWEN_VISION, "num_position_embeddings": 64},
+        **VISION_IDS,
+    )
+    return config, {"image": ((32, 32), qwen_image)}, QWEN_SPECS
+
+
+def qwen3_5_moe(layers: int):
+    return qwen3_5(layers, "Qwen3_5MoeConfig", **EXPERTS, shared_expert_intermediate_size=48)
+
+
+def lfm2_vl(layers: int):
+    text = {key: value for key, value in TEXT.items() if key != "tie_word_embeddings"}
+    config = hf.Lfm2VlConfig(
+        text_config={
+            **text,
+            "num_hidden_layers": layers,
+            "layer_types": [("conv", "full_attention")[i % 2] for i in range(layers)],
+            "block_multiple_of": 32,
+        },
+        vision_config=hf.Siglip2VisionConfig(**VISION, num_patches=64, patch_size=PATCH, vision_use_head=False),
+        image_token_id=IMAGE,
+        projector_hidden_size=48,
+        tie_word_embeddings=False,
+    )
+    return config, {"image": ((32, 32), siglip2_image)}, QWEN_SPECS
 
 
 def glm4v(layers: int):
@@ -417,6 +468,11 @@ FAMILIES = {
 }
 
 
+RECURRENT = {
+    family.__name__: family for family in (qwen3_5, qwen3_5_moe, lfm2_vl)
+}  # tests/families has the laws on these
+
+
 def build(name: str, attn: str = "sdpa", layers: int = 6) -> Tiny:
     """The tiny model of one family; cached, so that equal calls share one model."""
     return _build(name, attn, layers)
@@ -424,7 +480,7 @@ def build(name: str, attn: str = "sdpa", layers: int = 6) -> Tiny:
 
 @cache
 def _build(name: str, attn: str, layers: int) -> Tiny:
-    config, drawers, specs = FAMILIES[name](layers)
+    config, drawers, specs = {**FAMILIES, **RECURRENT}[name](layers)
     with torch.random.fork_rng():
         model = hf.AutoModelForImageTextToText.from_config(config, attn_implementation=attn)
     randomize(model)

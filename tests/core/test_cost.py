@@ -15,7 +15,7 @@ import transformers as hf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiny import DEVICE, FAMILIES, IMAGE, PATCH, Sample, Tiny, build
+from tiny import DEVICE, FAMILIES, IMAGE, PATCH, RECURRENT, Sample, Tiny, build
 from vlmflow.core import cost
 from vlmflow.core.cost import Score, cost_of, make_schedule
 from vlmflow.core.geometry import GEOMETRIES, Geometry, Tower, geometry_named
@@ -51,7 +51,7 @@ def counting() -> Iterator[Counted]:
 
 def countable(tiny: Tiny) -> hf.PreTrainedModel:
     """The model itself, but experts by plain products: FlopCounterMode has no entry for the grouped one."""
-    if tiny.name != "qwen3_vl_moe":
+    if not tiny.name.endswith("_moe"):
         return tiny.model
     model = copy.deepcopy(tiny.model)
     model.set_experts_implementation("eager")
@@ -64,9 +64,17 @@ def grids(geometry: Geometry, sample: Sample) -> list[tuple[int, int]]:
     if "image_grid_thw" in sample or "video_grid_thw" in sample:
         rows = [row for key in ("image_grid_thw", "video_grid_thw") for row in sample.get(key, torch.empty(0, 3))]
         return [(int(h), int(w)) for t, h, w in rows for _ in range(int(t))]
+    if "spatial_shapes" in sample:
+        return [(int(rows), int(columns)) for rows, columns in sample["spatial_shapes"]]
     if geometry.vision.grid is None:
         return [(int(h) // PATCH, int(w) // PATCH) for h, w in sample["image_sizes"]]
     return [geometry.vision.grid] * sample["pixel_values"].shape[:-3].numel()
+
+
+def held(cache: hf.Cache, dtype_bytes: int) -> tuple[int, ...]:
+    """The bytes of keys and values in each layer of a cache; recurrent layers have a state instead."""
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return tuple(0 if one is None else 2 * one.numel() * dtype_bytes for one in keys)
 
 
 def lengths(sample: Sample) -> tuple[int, int]:
@@ -76,7 +84,7 @@ def lengths(sample: Sample) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("index", [0, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT])
 def test_exact_flops_equal_flop_counter(family: str, index: int) -> None:
     tiny = build(family, layers=LAYERS)
     model, sample = countable(tiny), tiny.samples[index]
@@ -93,8 +101,7 @@ def test_exact_flops_equal_flop_counter(family: str, index: int) -> None:
         with counting() as one:
             model(torch.tensor([[7]], device=DEVICE), past_key_values=out.past_key_values)
         assert one.flops == cost.decode_flops(geometry, full, text, step=step)
-        held = [2 * layer.keys.nbytes for layer in out.past_key_values.layers]
-        assert cost.kv_bytes(geometry, full, text, decoded=step, dtype_bytes=4) == tuple(held)
+        assert cost.kv_bytes(geometry, full, text, decoded=step, dtype_bytes=4) == held(out.past_key_values, 4)
 
 
 def test_exact_flops_equal_flop_counter_without_an_image() -> None:
@@ -103,6 +110,18 @@ def test_exact_flops_equal_flop_counter_without_an_image() -> None:
     with counting() as counted:
         tiny.model(ids, logits_to_keep=1)
     assert counted.flops == cost.prefill_flops(Geometry.from_config(tiny.model.config), (0,) * LAYERS, 11)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 130])  # about a convolution's kernel, and the chunks of 64
+@pytest.mark.parametrize("family", RECURRENT)
+def test_exact_flops_of_recurrent_layers_equal_flop_counter(family: str, tokens: int) -> None:
+    tiny = build(family)
+    geometry = Geometry.from_config(tiny.model.config)
+    assert [geometry.attends(layer) for layer in range(6)] == [False, True] * 3
+    with counting() as counted:
+        countable(tiny)(torch.arange(tokens, device=DEVICE)[None] % 90 + 3, use_cache=True, logits_to_keep=1)
+    assert counted.flops == cost.prefill_flops(geometry, (0,) * 6, tokens)
+    assert counted.flops == cost.prefill_flops(geometry, (tokens,) * 6, 0)
 
 
 def test_exact_flops_of_sparse_and_dense_layers_equal_flop_counter() -> None:
@@ -194,6 +213,8 @@ def test_eq_10_by_hand() -> None:
     assert cost.paper_flops(geometry, (3, 1)) == (1200 + 180 + 420) + (400 + 20 + 140)
     moe = replace(geometry, experts=8, experts_per_token=2, expert_intermediate=4, dense_layers=(0,))
     assert cost.paper_flops(moe, (3, 1)) == (1200 + 180 + 420) + (400 + 20 + 160)
+    shared = replace(moe, shared_expert=True)
+    assert cost.paper_flops(shared, (3, 1)) == (1200 + 180 + 420) + (400 + 20 + 160 + 140)
 
 
 def test_paper_tables_find_what_prints_each_cell() -> None:

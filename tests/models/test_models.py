@@ -69,6 +69,8 @@ def test_text_alone(pico):
         ("idefics3", [(32, 96)], None),  # four tiles of 4 x 4 tokens, which are no 8 x 8
         ("llava_next", [(32, 16)], None),  # the whole image, then its tiles
         ("llava_onevision", [(32, 16)], None),
+        ("lfm2_vl", [(16, 48)], [(2, 6)]),
+        ("lfm2_vl", [(16, 24), (16, 24)], [(2, 3), (2, 3)]),
         ("llava", [], None),
     ],
 )  # fmt: skip

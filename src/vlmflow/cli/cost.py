@@ -46,7 +46,7 @@ def cost(
         return
     with refusals():
         geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model)
-        chosen = pruner.make([True] * geometry.layers)
+        chosen = pruner.make([geometry.attends(layer) for layer in range(geometry.layers)])
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
             raise ValueError(f"how many image tokens {model} makes depends on the image; say it with --image-tokens")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from vlmflow.cli.output import console, plain_table, remark
-from vlmflow.core.families import FAMILIES
+from vlmflow.core.families import PRICED
 from vlmflow.pruners import PRUNERS
 from vlmflow.pruners.outside import code_of, installed_pruners, load_installed
 
@@ -36,6 +36,6 @@ def models() -> None:
     """List the model families that work."""
     table = plain_table("model_type", "known as")
     table.add_row("pico", "the embedded model (a LLaVA of 5 million weights)")
-    for family in FAMILIES.values():
+    for family in PRICED.values():
         table.add_row(family.model_type, family.known_as)
     console.print(table)

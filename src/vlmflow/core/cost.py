@@ -2,8 +2,9 @@
 
 ``paper``: Eq. 10 of the HiMAP paper, 4nd² + 2n²d + 2ndm per layer for n image tokens. It counts
 multiply-adds once, no text, no grouped queries, two of a gated MLP's three matrices, no lm_head, no score.
-``exact``: twice the multiply-adds of every matrix product of the text decoder and lm_head. Norms, softmax
-and rotary tables (an outer product of positions and frequencies) are not matrix products of activations.
+It counts every layer as an attention layer, recurrent ones too.
+``exact``: twice the multiply-adds of every matrix product and convolution of the text decoder and lm_head. Norms,
+softmax and rotary tables (an outer product of positions and frequencies) are not matrix products of activations.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from vlmflow.core.errors import refusal
-from vlmflow.core.geometry import Geometry, Tower
+from vlmflow.core.geometry import Geometry, Recurrence, Tower
 
 Attention = Literal["full", "causal"]  # pairs counted: all, as dense kernels do, or the visible ones
 Schedule = tuple[int, ...]  # image tokens that enter each decoder layer
+CHUNK = 64  # tokens that the gated delta rule reads at once
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Score:
     """One scored stage: ``queries`` rows of layer ``layer``'s q meet ``keys`` of its k, in every query head.
 
     ``peek`` tokens pass through that layer's q, k and v projections once more, ahead of the layer itself
-    (PyramidDrop); 0 where the score reads a layer that runs anyway.
+    (PyramidDrop); 0 where the score reads a layer that runs anyway. Where the layer is recurrent, the attention layer
+    before it ranks in its place as it runs: the same rows and keys, and no peek.
     """
 
     layer: int
@@ -79,7 +82,8 @@ def paper_flops(geometry: Geometry, schedule: Schedule) -> int:
     _check(geometry, schedule, 0)
     d, total = geometry.hidden, 0
     for layer, n in enumerate(schedule):
-        active = geometry.experts_per_token * geometry.expert_intermediate
+        shared = geometry.intermediate if geometry.shared_expert else 0
+        active = geometry.experts_per_token * geometry.expert_intermediate + shared
         m = active if geometry.routed(layer) else geometry.intermediate
         total += 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
     return total
@@ -98,22 +102,48 @@ def _pairs(new: int, past: int, window: int | None, attention: Attention) -> int
 
 
 def _decoder_flops(g: Geometry, new: Sequence[int], past: Sequence[int], attention: Attention, logits: int) -> int:
-    query, key, matrices = g.heads * g.head_dim, g.kv_heads * g.head_dim, 3 if g.gated else 2
+    matrices = 3 if g.gated else 2
     total = 2 * logits * g.hidden * g.vocab
     for layer, (n, p) in enumerate(zip(new, past, strict=True)):
         mlp = matrices * g.intermediate
         if g.routed(layer):
-            mlp = g.experts + matrices * g.experts_per_token * g.expert_intermediate  # router first
-        total += 2 * n * g.hidden * (2 * query + 2 * key + mlp)  # q and o, k and v
-        total += 4 * query * _pairs(n, p, g.window(layer), attention)  # q k^T and its product with v
+            shared = mlp + 1 if g.shared_expert else 0  # with its gate
+            mlp = g.experts + matrices * g.experts_per_token * g.expert_intermediate + shared  # router first
+        total += 2 * n * g.hidden * mlp
+        if g.recurrence is None or g.attends(layer):
+            total += 2 * n * (_projections(g) + g.hidden * g.heads * g.head_dim)  # q, k and v, then o
+            total += 4 * g.heads * g.head_dim * _pairs(n, p, g.window(layer), attention)  # q k^T, its product with v
+        else:
+            total += _recurrent_flops(g.recurrence, n, p)
     return total
+
+
+def _projections(g: Geometry) -> int:
+    """Count the multiply-adds that make a token's query, key and value, and its gate."""
+    return g.hidden * g.head_dim * (g.heads * (2 if g.gated_attention else 1) + 2 * g.kv_heads)
+
+
+def _recurrent_flops(r: Recurrence, new: int, past: int) -> int:
+    """Count a recurrent layer without its MLP, as transformers' torch code runs it, for a prompt or one token more.
+
+    The convolution also runs over the zeros around a prompt, and for a token over the one before. The gated delta rule
+    reads a prompt in padded chunks: in each, three products of all pairs of tokens, and three with the state. Its
+    triangular solve is no matrix product, nor is its step for one token, which goes element by element.
+
+    Source: ``causal_conv1d_fn``, ``causal_conv1d_update`` and ``torch_chunk_gated_delta_rule`` in transformers 5.23's
+    models/qwen3_5/modeling_qwen3_5.py, the first two also in models/lfm2/modeling_lfm2.py.
+    """
+    places = 2 if past else max(new, r.kernel) + r.kernel - 1
+    chunks = 0 if past else -(-new // CHUNK)
+    rule = CHUNK**2 * (2 * r.key_dim + r.value_dim) + 3 * CHUNK * r.key_dim * r.value_dim
+    return 2 * (new * r.projections + places * r.kernel * r.channels + chunks * r.heads * rule)
 
 
 def score_flops(geometry: Geometry, scores: Sequence[Score]) -> int:
     """Count what ranking costs: 2 x heads x head_dim x queries x keys per score, plus peeked projections."""
-    query, key = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
-    products = sum(2 * query * score.queries * score.keys for score in scores)
-    return products + sum(2 * score.peek * geometry.hidden * (query + 2 * key) for score in scores)
+    products = sum(2 * geometry.heads * geometry.head_dim * score.queries * score.keys for score in scores)
+    peeks = sum(score.peek for score in scores if geometry.attends(score.layer))
+    return products + 2 * peeks * _projections(geometry)
 
 
 def prefill_flops(
@@ -128,7 +158,7 @@ def prefill_flops(
     """Count one sample's prefill exactly: decoder layers, lm_head at ``logits`` positions, and the scores.
 
     ``attention="causal"`` counts the pairs of a causal, windowed mask; Gemma 3 and PaliGemma, whose image
-    tokens also see later ones, lie between it and ``"full"``.
+    tokens also see later ones, lie between it and ``"full"``. Recurrent layers cost the same either way.
     """
     _check(geometry, schedule, text_tokens, scores)
     tokens = [text_tokens + n for n in schedule]
@@ -150,16 +180,23 @@ def kv_bytes(
 ) -> tuple[int, ...]:
     """List the bytes of keys and values in each layer's cache after prefill and ``decoded`` further tokens.
 
-    A layer with a sliding window keeps at most window - 1 tokens, as transformers' dynamic cache does.
+    A layer with a sliding window keeps at most window - 1 tokens, as transformers' dynamic cache does. A recurrent
+    layer holds none: its state has a fixed size, which no pruning changes.
     """
     _check(geometry, schedule, text_tokens)
     if decoded < 0 or dtype_bytes < 1:
         got = f"{decoded} and {dtype_bytes}"
         raise refusal("kv_bytes", "decoded >= 0 and dtype_bytes >= 1", got, "bfloat16 has 2 bytes")
     held = [text_tokens + n + decoded for n in schedule]
-    caps = [geometry.window(layer) for layer in range(geometry.layers)]
-    slots = [n if cap is None else min(n, cap - 1) for n, cap in zip(held, caps, strict=True)]
-    return tuple(2 * geometry.kv_heads * geometry.head_dim * dtype_bytes * n for n in slots)
+    token = 2 * geometry.kv_heads * geometry.head_dim * dtype_bytes
+
+    def slots(layer: int, tokens: int) -> int:
+        if not geometry.attends(layer):
+            return 0
+        window = geometry.window(layer)
+        return tokens if window is None else min(tokens, window - 1)
+
+    return tuple(token * slots(layer, tokens) for layer, tokens in enumerate(held))
 
 
 def vision_flops(tower: Tower, grids: Sequence[tuple[int, int]]) -> int:

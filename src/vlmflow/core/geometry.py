@@ -38,12 +38,31 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """What a recurrent layer has in the place of attention: a state of fixed size, instead of keys and values.
+
+    ``projections`` multiply-adds lead a token in and out, and a causal convolution of ``kernel`` taps runs along each
+    of ``channels``. With ``heads``, the gated delta rule keeps a state of ``key_dim`` x ``value_dim`` in each.
+    """
+
+    layers: tuple[int, ...]
+    projections: int
+    channels: int
+    kernel: int
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The widths that decide what a text decoder costs; its vision tower stands apart.
 
     ``windows`` holds each layer's sliding window in tokens (None: the layer sees all); empty means none.
     With ``experts``, every layer but ``dense_layers`` routes a token to ``experts_per_token`` MLPs of width
-    ``expert_intermediate``.
+    ``expert_intermediate``; a ``shared_expert`` of width ``intermediate`` runs beside them, behind a gate of one
+    number a token. With ``gated_attention`` a second query projection gates what attention gives. A decoder whose
+    layers all attend has no ``recurrence``.
     """
 
     hidden: int
@@ -57,8 +76,11 @@ class Geometry:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
+    shared_expert: bool = False
     dense_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
+    gated_attention: bool = False
+    recurrence: Recurrence | None = None
     vision: Tower | None = None
 
     @classmethod
@@ -78,6 +100,10 @@ class Geometry:
     def routed(self, layer: int) -> bool:
         """Tell whether this layer's MLP is a mixture of experts."""
         return self.experts > 0 and layer not in self.dense_layers
+
+    def attends(self, layer: int) -> bool:
+        """Tell whether this layer is an attention layer; others are recurrent."""
+        return self.recurrence is None or layer not in self.recurrence.layers
 
     def window(self, layer: int) -> int | None:
         """Return this layer's sliding window in tokens, None where it sees all."""

@@ -27,6 +27,14 @@ def by_size(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures:
     return [(int(height) // side, int(width) // side) for height, width in inputs["image_sizes"]]
 
 
+def by_shape(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
+    """Of each image its own, as ``spatial_shapes`` says in patches, unless an image was cut into tiles."""
+    if "spatial_shapes" not in inputs or len(inputs["spatial_shapes"]) != n_pictures:
+        return None
+    side = config.downsample_factor
+    return [(int(rows) // side, int(columns) // side) for rows, columns in inputs["spatial_shapes"]]
+
+
 def as_squares(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
     """Squares of one size, unless an image was cut into tiles."""
     if not _is_untiled(inputs, n_pictures):
@@ -35,6 +43,9 @@ def as_squares(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictur
     return [(side, side)] * n_pictures
 
 
+READERS = (by_patch_grid, by_size, by_shape, as_squares)  # the first that fits an encoded prompt is right
+
+
 def _is_untiled(inputs: Mapping[str, Any], n_pictures: int) -> bool:
-    pixels = inputs.get("pixel_values")
-    return pixels is not None and pixels.shape[:-3].numel() == n_pictures
+    pixels = inputs.get("pixel_values")  # some are patches in a row, which do not tell
+    return pixels is not None and pixels.dim() > 3 and pixels.shape[:-3].numel() == n_pictures

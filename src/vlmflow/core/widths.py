@@ -6,14 +6,14 @@ config and the text decoder's width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from vlmflow.core.errors import refusal
-from vlmflow.core.geometry import Geometry, Tower, multiply_adds
+from vlmflow.core.geometry import Geometry, Recurrence, Tower, multiply_adds
 
-LAYER_KINDS = ("full_attention", "sliding_attention")  # whose cost is known
+LAYER_KINDS = ("full_attention", "sliding_attention")  # of attention, whose cost is known
 
 
 class Config:
@@ -51,15 +51,20 @@ class Config:
 
 def dense_decoder(text: Config) -> Geometry:
     """Layers of q, k, v and o projections and a gated MLP."""
+    return _decoder(text, text.intermediate_size)
+
+
+def _decoder(text: Config, intermediate: int, *others: str) -> Geometry:
+    """The same with an MLP of that width; layers attend in a known way, or are of one of the ``others``' kinds."""
     return Geometry(
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=intermediate,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads or text.num_attention_heads,
         head_dim=text.optional("head_dim") or text.hidden_size // text.num_attention_heads,
         vocab=text.vocab_size,
-        windows=_windows(text),
+        windows=_windows(text, (*LAYER_KINDS, *others)),
     )
 
 
@@ -75,14 +80,66 @@ def routed_decoder(text: Config) -> Geometry:
     )
 
 
-def _windows(text: Config) -> tuple[int | None, ...]:
+def qwen3_5_decoder(text: Config) -> Geometry:
+    """Gated attention in some layers, the gated delta rule in the others."""
+    return _gated_decoder(text, text.intermediate_size)
+
+
+def qwen3_5_moe_decoder(text: Config) -> Geometry:
+    """The same, but all layers route each token to a few of many gated MLPs, and through one that all share."""
+    return replace(
+        _gated_decoder(text, text.shared_expert_intermediate_size),
+        experts=text.num_experts,
+        experts_per_token=text.num_experts_per_tok,
+        expert_intermediate=text.moe_intermediate_size,
+        shared_expert=True,
+    )
+
+
+def _gated_decoder(text: Config, intermediate: int) -> Geometry:
+    keys = text.linear_num_key_heads * text.linear_key_head_dim
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    inwards = 2 * keys + 2 * values + 2 * text.linear_num_value_heads  # q and k, v and z, b and a
+    recurrence = Recurrence(
+        layers=_layers_of(text, "linear_attention"),
+        projections=text.hidden_size * (inwards + values),
+        channels=2 * keys + values,
+        kernel=text.linear_conv_kernel_dim,
+        heads=text.linear_num_value_heads,
+        key_dim=text.linear_key_head_dim,
+        value_dim=text.linear_value_head_dim,
+    )
+    return replace(_decoder(text, intermediate, "linear_attention"), gated_attention=True, recurrence=recurrence)
+
+
+def lfm2_decoder(text: Config) -> Geometry:
+    """Attention in some layers, short convolutions in the others; the MLP's width is rounded up from two thirds."""
+    width = text.intermediate_size
+    if text.block_auto_adjust_ff_dim:
+        width, multiple = int(2 * width / 3), text.block_multiple_of
+        if (scale := text.block_ffn_dim_multiplier) is not None:
+            width = -(-int(scale * width) // multiple) * multiple
+    recurrence = Recurrence(
+        layers=_layers_of(text, "conv"),
+        projections=4 * text.hidden_size**2,
+        channels=text.hidden_size,
+        kernel=text.conv_L_cache,
+    )
+    return replace(_decoder(text, width, "conv"), recurrence=recurrence)
+
+
+def _layers_of(text: Config, kind: str) -> tuple[int, ...]:
+    return tuple(layer for layer, one in enumerate(text.layer_types) if one == kind)
+
+
+def _windows(text: Config, known: Sequence[str]) -> tuple[int | None, ...]:
     """List each layer's window by the rule of transformers' caches: layer_types, else one for all layers."""
     kinds = text.optional("layer_types")
     if kinds is None:
         windows = (text.optional("sliding_window"),) * text.num_hidden_layers
-    elif other := {*kinds} - {*LAYER_KINDS}:
-        known = f"layer_types among {', '.join(LAYER_KINDS)}"
-        raise refusal("Geometry.from_config", known, sorted(other), "other kinds of layer are not modelled")
+    elif other := {*kinds} - {*known}:
+        wanted = f"layer_types among {', '.join(known)}"
+        raise refusal("Geometry.from_config", wanted, sorted(other), "other kinds of layer are not modelled")
     else:
         windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()
@@ -194,9 +251,27 @@ def qwen2_5_vl_tower(config: Config, width: int) -> Tower:
 
 def qwen3_vl_tower(config: Config, width: int) -> Tower:
     """Qwen3-VL's: the features of several depths are projected, by a merger each."""
+    tower = qwen3_5_tower(config, width)
+    return replace(tower, projector=tower.projector * (1 + len(config.vision_config.deepstack_visual_indexes)))
+
+
+def qwen3_5_tower(config: Config, width: int) -> Tower:
+    """Qwen3.5's: the features of one depth are projected."""
     vision = Config(config.vision_config)
-    tower = _sized(vision, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size)
-    return replace(tower, projector=tower.projector * (1 + len(vision.deepstack_visual_indexes)))
+    return _sized(vision, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size)
+
+
+def lfm2_vl_tower(config: Config, width: int) -> Tower:
+    """A SigLIP 2 tower, and a projector of two layers on merged patches."""
+    vision, merge = Config(config.vision_config), config.downsample_factor**2
+    return Tower(
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+        patch_inputs=vision.num_channels * vision.patch_size**2,
+        merge=merge,
+        projector=multiply_adds(merge * vision.hidden_size, config.projector_hidden_size, width),
+    )
 
 
 def glm4v_tower(config: Config, width: int) -> Tower:

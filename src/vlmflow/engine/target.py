@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlmflow.core.families import Family, family_of
+from vlmflow.core.families import IMAGE_TOKEN_IDS, Family, family_of
 from vlmflow.engine.cache import is_flash
 
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}  # kinds of layers
@@ -90,8 +90,7 @@ class Target:
         if core is None:
             raise TypeError(f"vlmflow: wanted a Hugging Face transformers model, got {type(model).__name__}")
         name = type(core).__name__
-        family = family_of(core.config)
-        image_token_ids = _image_token_ids(name, core.config, family.token_ids)
+        image_token_ids = _image_token_ids(name, core.config)
         _refuse_state(model, core)
         paths = {path: module for path, module in core.named_modules() if _is_decoder(module, core.config)}
         if len(paths) != 1:
@@ -101,14 +100,14 @@ class Target:
         parts = path.split(".")
         around = [core.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
         outer = tuple(module for module in around if isinstance(module, PreTrainedModel))
-        return cls(core, text, outer, image_token_ids, family)
+        return cls(core, text, outer, image_token_ids, family_of(core.config))
 
 
-def _image_token_ids(name: str, config: PreTrainedConfig, fields: Sequence[str]) -> tuple[int, ...]:
-    """The ids under these fields, of the config or else of the first config in it that has some."""
+def _image_token_ids(name: str, config: PreTrainedConfig) -> tuple[int, ...]:
+    """The ids that a config holds, or else the first config in it that has some."""
     unset = None
     for part in (config, *(getattr(config, sub) for sub in config.sub_configs)):
-        values = {field: getattr(part, field) for field in fields if hasattr(part, field)}
+        values = {field: getattr(part, field) for field in IMAGE_TOKEN_IDS if hasattr(part, field)}
         if ids := {value for value in values.values() if isinstance(value, int)}:
             return tuple(sorted(ids))
         unset = unset or next(iter(values), None)
@@ -118,8 +117,8 @@ def _image_token_ids(name: str, config: PreTrainedConfig, fields: Sequence[str])
             f"known; set model.config.{unset} to the id that stands for an image in its tokenizer"
         )
     raise TypeError(
-        f"vlmflow: {name} has no image token id in its config ({', '.join(fields)}): it is no image-text-to-text "
-        "model, or its images do not stand in the sequence of tokens"
+        f"vlmflow: {name} has no image token id in its config ({', '.join(IMAGE_TOKEN_IDS)}): it is no "
+        "image-text-to-text model, or its images do not stand in the sequence of tokens"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmflow.core.families import family_of
+from vlmflow.core.grids import READERS
 from vlmflow.core.widths import Config
 
 
@@ -21,7 +21,7 @@ def patch_grids(
     ``inputs`` is one encoded question, ``n_image`` its number of image tokens, ``n_pictures`` that of its images. The
     tokens of an image that was cut into tiles follow one another tile by tile, in no grid of the image.
     """
-    for read in family_of(config).grids:
+    for read in READERS:
         if (grids := read(inputs, Config(config), n_image, n_pictures)) is not None:
             return grids if sum(rows * columns for rows, columns in grids) == n_image else None
     return None
