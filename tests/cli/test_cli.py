@@ -79,10 +79,8 @@ def test_samples_are_copied_for_evaluations_and_studies_to_read(tmp_path):
 
 def test_samples_overwrite_nothing(tmp_path):
     (tmp_path / "07.png").write_text("mine")
-    assert (
-        refused(vlmflow("samples", tmp_path))
-        == f"vlmflow: {tmp_path / '07.png'} is there already; choose another folder"
-    )
+    line = refused(vlmflow("samples", tmp_path))
+    assert line == f"vlmflow: {tmp_path / '07.png'} is there already; choose another folder"
     assert [path.name for path in tmp_path.iterdir()] == ["07.png"]
     assert (tmp_path / "07.png").read_text() == "mine"
 

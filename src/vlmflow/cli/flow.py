@@ -132,7 +132,7 @@ def show_(
     *,
     image: Annotated[
         list[Path],
-        typer.Option("--image", "-i", help="An image file, or sample:0 and so on, the bundled ones; may be repeated."),
+        typer.Option("--image", "-i", help="An image file, or sample:0, a bundled one; repeatable."),
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and a record.")],

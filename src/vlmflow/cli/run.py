@@ -45,7 +45,7 @@ def run(
         typer.Option(
             "--image",
             "-i",
-            help="An image file, or sample:0 and so on, the bundled ones; may be repeated; none: text alone.",
+            help="An image file, or sample:0, a bundled one; may be repeated; none: text alone.",
         ),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
