@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import ROOT
 from vlmflow.evaluate.rows import rows_of
-from vlmflow.records.files import write_json
+from vlmflow.records.files import write_json, write_text
 from vlmflow.records.folder import Folder
 
 FOLDER = ROOT / "docs" / "results"
@@ -53,8 +53,10 @@ def measured(task: str, work: Path) -> None:
     command = sweep(task, LIMITS[task], 16, batched)
     sweep(task, ONE_BY_ONE, 1, alone)
     write_json(FOLDER / f"{task}.json", {"command": command, "agreement": agreement(batched, alone)})
-    for name, kept in (("sweep.md", f"{task}.md"), ("sweep.json", f"{task}-lines.json"), ("pareto.png", f"{task}.png")):
+    for name, kept in (("sweep.json", f"{task}-lines.json"), ("pareto.png", f"{task}.png")):
         shutil.copyfile(batched / name, FOLDER / kept)
+    lines = (batched / "sweep.md").read_text(encoding="utf-8")
+    write_text(FOLDER / f"{task}.md", lines.replace("(pareto.png)", f"({task}.png)"))
 
 
 def main() -> None:

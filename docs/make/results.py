@@ -29,7 +29,7 @@ WANTED = {  # of the unpruned model, in percent; captions in CIDEr-D
 def result(task: str) -> str:
     """A task's block of the page."""
     record = read_json(FOLDER / f"{task}.json")
-    lines = (FOLDER / f"{task}.md").read_text().replace("(pareto.png)", f"(results/{task}.png)")
+    lines = (FOLDER / f"{task}.md").read_text().replace(f"({task}.png)", f"(results/{task}.png)")
     runs = record["agreement"].values()
     asked, other = sum(run["asked"] for run in runs), sum(len(run["other"]) for run in runs)
     agrees = (

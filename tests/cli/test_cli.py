@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from commands import ASK, SCENE, refused, vlmflow
 from vlmflow.pico import MODEL_DIR, samples
 from vlmflow.pruners import PRUNERS
+from vlmflow.tasks import TASKS, Source
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -43,6 +44,45 @@ def test_run_with_settings_and_several_images(tmp_path):
     (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
     assert only["image_tokens"] == [1152] * 4 + [115] * 6
     assert (tmp_path / "patches.png").stat().st_size > 10_000
+
+
+def test_bundled_pictures_go_by_number():
+    named, filed = (vlmflow("run", "--image", image, *ASK, "--json") for image in ("sample:1", samples()[1].image))
+    records = [json.loads(run.stdout.strip().split("\n")[-1]) for run in (named, filed)]
+    assert records[0].pop("images") == ["sample:1"]
+    assert records[1].pop("images") == [str(samples()[1].image)]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("name", ["sample:24", "sample:-1", "sample:rook", "sample:"])
+def test_a_bundled_picture_that_is_not_there_is_refused(name):
+    line = refused(vlmflow("run", "--image", name, *ASK))
+    assert line == f"vlmflow: no {name}: there are 24 sample pictures, sample:0 to sample:23"
+
+
+def test_samples_are_copied_for_evaluations_and_studies_to_read(tmp_path):
+    folder = tmp_path / "new" / "samples"
+    assert vlmflow("samples", folder).returncode == 0
+    assert {path.name for path in folder.iterdir()} == {scene.image.name for scene in samples()} | {"questions.jsonl"}
+    assert all((folder / scene.image.name).read_bytes() == scene.image.read_bytes() for scene in samples())
+    asked = TASKS["jsonl"].samples(Source(folder / "questions.jsonl"), None)
+    assert [(sample.question, sample.answer, sample.group) for sample in asked] == [
+        (question.text, question.answer, question.kind)
+        for scene in samples()
+        for question in scene.questions
+        if question.kind != "caption"
+    ]
+    questions = ["--limit", "20", "--pruner", "none", "--json", "--out"]
+    run = vlmflow("eval", "--task", "jsonl", "--source", folder / "questions.jsonl", *questions, tmp_path / "eval")
+    assert json.loads(run.stdout.strip().split("\n")[-1])["metric"]["value"] > 0.7
+
+
+def test_samples_overwrite_nothing(tmp_path):
+    (tmp_path / "07.png").write_text("mine")
+    line = refused(vlmflow("samples", tmp_path))
+    assert line == f"vlmflow: {tmp_path / '07.png'} is there already; choose another folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["07.png"]
+    assert (tmp_path / "07.png").read_text() == "mine"
 
 
 def test_demo(tmp_path):
@@ -145,6 +185,7 @@ def test_bench_refuses_in_one_line(args, says):
 WRITING = {
     "run": ["--image", SCENE.image, *ASK, "--save"],
     "demo": ["--out"],
+    "samples": [],
     "bench": ["--save"],
     "eval": ["--task", "pico", "--out"],
     "sweep": ["--task", "pico", "--out"],
@@ -181,7 +222,7 @@ def test_as_a_process(args, code):
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["cost"], ["bench"], ["pruners"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["samples"], ["cost"], ["bench"], ["pruners"], ["models"]])
 def test_help(command):
     run = vlmflow(*command, "--help")
     assert run.returncode == 0

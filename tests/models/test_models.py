@@ -1,8 +1,5 @@
 """Asking models, and the tables of what works."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +10,6 @@ from vlmflow import HiMAP, prune
 from vlmflow.core.images import open_image
 from vlmflow.models import VLM, Question, load, patch_grids, seen_images
 from vlmflow.pico import MODEL_DIR, samples
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +84,6 @@ def test_images_are_seen_without_padding():
     seen = seen_images(sample, [Image.new("RGB", (50, 50))] * 2)
     assert [image.size for image in seen] == [(32, 16), (8, 24)]
     assert seen[0].getextrema() == ((0, 255),) * 3
-
-
-def test_readme_code_runs(pico, asked):
-    """The first Python block, with a model and inputs at hand."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:1]
-    image, question = asked[0]
-    names = {"model": pico.model, "inputs": pico.encode([Question(question.text, (image,))])}
-    exec(code, names)
-    assert names["trace"].image_tokens[-1] == (72,)
 
 
 def test_weights_are_whole():

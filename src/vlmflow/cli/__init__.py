@@ -16,6 +16,7 @@ from vlmflow.cli.flow import flow
 from vlmflow.cli.groups import with_groups
 from vlmflow.cli.lists import models, pruners
 from vlmflow.cli.run import demo, run
+from vlmflow.cli.samples import samples
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
 app.command("eval")(with_groups(evaluate))
-for command in (demo, run, cost, bench, sweep, report, pruners, models):
+for command in (demo, run, samples, cost, bench, sweep, report, pruners, models):
     app.command()(with_groups(command))
 app.add_typer(flow, name="flow")
 

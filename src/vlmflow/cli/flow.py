@@ -22,6 +22,7 @@ from vlmflow.cli.options import (
     SourceOptions,
     check_folder,
     checked_prompt,
+    pictures_named,
     task_named,
 )
 from vlmflow.cli.output import refusals, remark
@@ -129,7 +130,10 @@ for _experiment in EXPERIMENTS.values():
 @with_groups
 def show_(
     *,
-    image: Annotated[list[Path], typer.Option("--image", "-i", help="An image file; may be repeated.")],
+    image: Annotated[
+        list[Path],
+        typer.Option("--image", "-i", help="An image file, or sample:0, a bundled one; repeatable."),
+    ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture and a record.")],
     model: ModelOption = "pico",
@@ -141,10 +145,9 @@ def show_(
     with refusals():
         check_folder("--out", out_dir)
         named = _layers(layers)
-        from vlmflow.core.images import open_image
         from vlmflow.models import Question
 
-        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in image))
+        question = Question(checked_prompt(prompt), pictures_named(image))
         vlm = loading.load(model)
         from vlmflow.figures.maps import flow_maps
         from vlmflow.flow.picture import patches

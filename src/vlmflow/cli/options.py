@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlmflow.evaluate.judge import Judge
+from vlmflow.pico import picture_file
 from vlmflow.pruners import PRUNERS, Pruner, find_pruners, make_pruner, parse_fields
 from vlmflow.tasks import TASKS, Sample, Source, Task, TaskError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vlmflow.evaluate.evaluation import Evaluation
     from vlmflow.evaluate.on_ray import Loading, Pool
     from vlmflow.models import VLM
@@ -216,6 +219,13 @@ def checked_prompt(text: str) -> str:
     if not text.strip():
         raise ValueError("the prompt is empty; ask something with --prompt")
     return text
+
+
+def pictures_named(names: Sequence[Path]) -> tuple[Image, ...]:
+    """The pictures in files, or bundled as ``sample:N``; a ``ValueError`` where one cannot be read."""
+    from vlmflow.core.images import open_image  # numpy, which --help does not need
+
+    return tuple(open_image(picture_file(name)) for name in names)
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ from vlmflow.cli.options import (
     PrunerOptions,
     check_folder,
     checked_prompt,
+    pictures_named,
 )
 from vlmflow.cli.output import console, err_console, plain_table, refusals, remark
 from vlmflow.pruners import PRUNERS, make_pruner
@@ -41,7 +42,11 @@ def run(
     *,
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", "-i", help="An image file; may be repeated; none: text alone."),
+        typer.Option(
+            "--image",
+            "-i",
+            help="An image file, or sample:0, a bundled one; may be repeated; none: text alone.",
+        ),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     model: ModelOption = "pico",
@@ -57,11 +62,10 @@ def run(
         pruner.settings()  # wrong names, before a model is loaded
         if save is not None:
             check_folder("--save", save)
-        from vlmflow.core.images import open_image
         from vlmflow.models import Question
 
         images = image or []
-        question = Question(checked_prompt(prompt), tuple(open_image(path) for path in images))
+        question = Question(checked_prompt(prompt), pictures_named(images))
         if not images:
             remark("no image: the question is asked as text alone, and nothing is pruned")
         vlm = loading.load(model)

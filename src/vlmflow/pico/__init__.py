@@ -37,3 +37,18 @@ def samples() -> tuple[ScenePicture, ...]:
         )
         for entry in json.loads((SAMPLES_DIR / "samples.json").read_text())
     )
+
+
+def picture_file(name: Path) -> Path:
+    """The file that a picture's name stands for: ``sample:N`` for a bundled one, any other name for itself.
+
+    Raises:
+        ValueError: there is no bundled picture of that number.
+    """
+    kind, colon, number = str(name).partition(":")
+    if kind != "sample" or not colon:
+        return name
+    files = [sample.image for sample in samples()]
+    if not number.isdecimal() or int(number) >= len(files):
+        raise ValueError(f"no {name}: there are {len(files)} sample pictures, sample:0 to sample:{len(files) - 1}")
+    return files[int(number)]
