@@ -31,15 +31,22 @@ app.add_typer(flow, name="flow")
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from, as VLMFLOW_TRACEBACK=1 does.")
+    ] = False,
+) -> None:
     """Options that need no command."""
+    if traceback:
+        os.environ["VLMFLOW_TRACEBACK"] = "1"  # for workers too
     if version:
         typer.echo(f"vlmflow {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """The entry point: quiet libraries, then the command."""
+    """Quiet libraries, then the command (``vlmflow.__main__`` is the entry point)."""
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.formatwarning = _format_warning
