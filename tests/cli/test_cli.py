@@ -230,6 +230,7 @@ def files(tmp_path_factory):
         (["--set", "k1"], "--set wants field=value"),
         (["--set", "k2=12"], "prunes before layer 12, but this model allows layers 1 to 9"),
         (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "what\udcff"], "--prompt holds half a character"),
         (["--model", "bare"], "no weights"),
         (["--model", "broken"], "cannot load 'broken': its weights are broken ("),
         (["--model", "llama"], "cannot load 'llama'"),

@@ -176,3 +176,48 @@ def test_logits_that_are_not_finite_are_refused(tmp_path):
     done = CliRunner().invoke(app, [*ask, "--dtype", "float16"], catch_exceptions=False)
     assert done.exit_code == 2
     assert "logits are not finite" in done.stderr
+
+
+def set_in_config(folder: Path, part: str, name: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[part][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("hidden_size", "wide", "its config is broken .*'hidden_size'.*expected int.*get the checkpoint again"),
+        ("num_attention_heads", 0, r"its files are broken \(ZeroDivisionError: .*get the checkpoint again"),
+        ("num_hidden_layers", 10**400, "its config names 10000000000000000000 decoder layers"),
+        ("num_hidden_layers", -1, "its config names -1 decoder layers"),
+    ],
+    ids=["type", "zero", "digits", "negative"],
+)
+def test_a_config_of_nonsense_is_refused_in_one_line(tmp_path, name, value, says):
+    """One line, and at once: transformers would build as many layers as the config says."""
+    folder = copy_of_pico(tmp_path / "model")
+    set_in_config(folder, "text_config", name, value)
+    for read in (load, load_geometry):
+        with pytest.raises(ModelError, match=says) as error:
+            read(str(folder))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"auto_map": [1], "model_type": "unheard_of"}'])
+def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text):
+    folder = copy_of_pico(tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    for read in (load, load_geometry):
+        with pytest.raises(ModelError) as error:
+            read(str(folder))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no images') }}", "{{ messages.no.such }}"])
+def test_a_broken_chat_template_is_refused_before_the_weights(tmp_path, template):
+    folder = copy_of_pico(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / WEIGHTS).write_bytes(b"")
+    with pytest.raises(ModelError, match=r"its chat template is broken \(.*Error: .*get the checkpoint again"):
+        load(str(folder), "cpu")

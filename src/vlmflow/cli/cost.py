@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from vlmflow.cli.options import JsonOption, PrunerOptions
+from vlmflow.cli.options import MOST, JsonOption, PrunerOptions
 from vlmflow.cli.output import console, plain_table, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
@@ -34,9 +34,11 @@ def cost(
     ] = "llava-1.5-7b",
     pruner: PrunerOptions,
     image_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: those of one tile (LLaVA-1.5: of the image).")
+        int | None, typer.Option(min=1, max=MOST, help="Default: those of one tile (LLaVA-1.5: of the image).")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt, all after the image.")] = 60,
+    text_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Text tokens of the prompt, all after the image.")
+    ] = 60,
     paper: Annotated[bool, typer.Option("--paper", help="Recompute the costs in the HiMAP paper's tables.")] = False,
     json_: JsonOption = False,
 ) -> None:

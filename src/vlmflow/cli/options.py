@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from vlmflow.evaluate.on_ray import Loading, Pool
     from vlmflow.models import VLM
 
+MOST = 2**31 - 1  # of whatever is counted, as torch and numpy count
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the model runs, auto to spread it; default: the first accelerator, or cpu.")
 ]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="How many samples, from the first on; default: all.")
+]
 PrunersOption = Annotated[
     str, typer.Option(help="Names with commas between, or classes of your own: file.py:Class, module:Class.")
 ]
@@ -113,13 +116,13 @@ class RunOptions:
     """Which of a task's samples are answered, and how."""
 
     limit: LimitOption = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")] = 8
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Samples at once, padded on the left.")] = 8
     prompt_style: Annotated[
         str | None, typer.Option(help="The prompt style; default: paper for its tasks, else plain.")
     ] = None
     rule: Annotated[str | None, typer.Option(help="The answer rule; default: the task's first.")] = None
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the task's.")
+        int | None, typer.Option(min=1, max=MOST, help="The longest answer, in tokens; default: the task's.")
     ] = None
 
     def samples(self, task: Task, source: Source) -> list[Sample]:
@@ -212,9 +215,11 @@ def pruners_named(text: str) -> list[type[Pruner]]:
 
 
 def checked_prompt(text: str) -> str:
-    """A question, or a ``ValueError`` where it is empty."""
+    """A question, or a ``ValueError`` where it is empty or no text."""
     if not text.strip():
         raise ValueError("the prompt is empty; ask something with --prompt")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # a byte that the terminal could not decode
+        raise ValueError("--prompt holds half a character; write it in the terminal's encoding")
     return text
 
 

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
-from vlmflow.core.errors import one_line
+from vlmflow.core.errors import one_line, typed_line
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.models.processors import load_processor, needs_own_code
 from vlmflow.models.vlm import VLM, ModelError
 from vlmflow.pico import MODEL_DIR
 
+MOST_LAYERS = 1000  # no model is so deep
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +50,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     where = "auto" if device == "auto" else device_named(device)
     logging.disable_progress_bar()
     try:
+        _read_config(path)
         processor = load_processor(path)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
@@ -145,11 +147,25 @@ def load_geometry(name: str) -> Geometry:
         ValueError: a family that is not known.
     """
     try:
-        config = AutoConfig.from_pretrained(_path(name), trust_remote_code=False)
+        config = _read_config(_path(name))
     except Exception as error:  # as in ``load``
         known = f"; built in are {', '.join(GEOMETRIES)}"
         raise ModelError(f"cannot read the config of {name!r}: {_reason(name, error)}{known}") from error
     return Geometry.from_config(config)
+
+
+def _read_config(path: str) -> Any:
+    """A checkpoint's config; one whose depth no model has is refused: it would be built until all is full.
+
+    Raises:
+        ModelError: such a depth.
+        Exception: whatever a broken config makes its readers run into.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if depth is not None and not 0 < depth <= MOST_LAYERS:
+        raise ModelError(f"its config names {depth!r:.20} decoder layers; get the checkpoint again")
+    return config
 
 
 def _reason(name: str, error: Exception) -> str:
@@ -162,6 +178,10 @@ def _reason(name: str, error: Exception) -> str:
         return f"its weights are broken ({one_line(error)}); get them again"
     if "Unrecognized configuration class" in text:
         return "it is no image-text-to-text model; `vlmflow models` lists the families that work"
+    if "Validation error" in text:  # the reason stands in the second line
+        return f"its config is broken ({' '.join(text.split())}); get the checkpoint again"
     if not folder.exists() and ("connect" in text.lower() or "offline" in text.lower()):
         return "no such folder here, and the hub cannot be reached; check the name, or download the model first"
-    return one_line(error)
+    if isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, RecursionError):
+        return one_line(error)
+    return f"its files are broken ({typed_line(error)}); get the checkpoint again"

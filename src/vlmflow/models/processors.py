@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import import_utils
 from transformers.utils.hub import PushToHubMixin, cached_file
 
-from vlmflow.core.errors import one_line
+from vlmflow.core.errors import one_line, typed_line
 from vlmflow.engine.backends import set_aside_broken_torchvision
 from vlmflow.records.files import read_json
 
@@ -62,7 +62,19 @@ def load_processor(path: str) -> ProcessorMixin:
     ids = processor.tokenizer.encode("a", add_special_tokens=False)
     if set(ids) <= set(processor.tokenizer.all_special_ids):  # transformers makes an empty one of no file at all
         raise ProcessorError("its tokenizer knows no text: tokenizer.json is missing; get the whole checkpoint")
+    _check_template(processor)
     return processor
+
+
+def _check_template(processor: Any) -> None:
+    """Refuse a chat template that cannot put a question about an image."""
+    if not processor.chat_template:
+        return
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    try:
+        processor.apply_chat_template(question, add_generation_prompt=True)
+    except Exception as error:  # jinja's own errors, and whatever the template's code runs into
+        raise ProcessorError(f"its chat template is broken ({typed_line(error)}); get the checkpoint again") from error
 
 
 def _processor_class(path: str) -> Any:
@@ -140,7 +152,8 @@ def _for_images(kind: Any, path: str, videos_need: str) -> Any:
 
 def needs_own_code(path: str) -> str:
     """Why a checkpoint is refused that transformers knows only by code in it; names the files."""
-    entries = [entry for settings in _settings(path) for entry in settings.get("auto_map", {}).values()]
+    maps = [settings.get("auto_map") for settings in _settings(path)]
+    entries = [entry for named in maps if isinstance(named, dict) for entry in named.values()]
     classes = [name for entry in entries for name in _strings(entry)]
     files = sorted({name.rpartition(".")[0].replace("--", "/") + ".py" for name in classes})
     return (

@@ -62,7 +62,7 @@ class RowFile(Generic[R]):
             try:
                 record = json.loads(line)
                 rows[record["id"]] = self.row_type.from_dict(record)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except Exception:  # whatever a line that somebody else wrote makes its reader run into
                 raise RecordError(
                     f"{self.path}, line {number}: not a row of this kind of run; take the line out, and its sample is "
                     "done again"
