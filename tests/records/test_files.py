@@ -1,13 +1,15 @@
 """What is read from files that others wrote: one line with file, place and what to do, whatever is in them."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from vlmflow.evaluate.rows import Row, verdicts_of
 from vlmflow.evaluate.tables import find_results
-from vlmflow.records.files import RecordError, parse_json
-from vlmflow.records.folder import Folder, RowFile
+from vlmflow.records.files import RecordError, parse_json, write_json
+from vlmflow.records.folder import Folder, RowFile, claim
 from vlmflow.records.schema import StudyRow
 
 ROW = {
@@ -115,3 +117,30 @@ def test_verdicts_of_another_making_are_refused(tmp_path, record):
     (tmp_path / "verdicts.json").write_text(json.dumps(record))
     with pytest.raises(RecordError, match=r"verdicts.json: holds no judge's verdicts; take it away"):
         verdicts_of(Folder(tmp_path))
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk without room, as is found out when what was written is to be kept."""
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_is_left(tmp_path, full):
+    says = r"cannot be written \(No space left on device\); make room there"
+    (tmp_path / "a.json").write_text("before")
+    with pytest.raises(RecordError, match=f"a.json: {says}"):
+        write_json(tmp_path / "a.json", {})
+    with pytest.raises(RecordError, match=f"rows.jsonl: {says}"):
+        RowFile(tmp_path / "rows.jsonl", Row).append([Row.from_dict(ROW)])
+    assert (tmp_path / "a.json").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "rows.jsonl"]
+
+
+def test_what_a_killed_process_has_left_is_cleared_away(tmp_path):
+    (tmp_path / ".summary.json.12-34.partial").write_text("{")
+    with claim(tmp_path, {}):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "settings.json"]

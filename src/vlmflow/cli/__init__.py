@@ -13,7 +13,7 @@ from vlmflow.cli.bench import bench
 from vlmflow.cli.cost import cost
 from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.flow import flow
-from vlmflow.cli.groups import with_groups
+from vlmflow.cli.groups import OnceEach, with_groups
 from vlmflow.cli.lists import models, pruners
 from vlmflow.cli.run import demo, run
 
@@ -24,9 +24,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
-app.command("eval")(with_groups(evaluate))
+app.command("eval", cls=OnceEach)(with_groups(evaluate))
 for command in (demo, run, cost, bench, sweep, report, pruners, models):
-    app.command()(with_groups(command))
+    app.command(cls=OnceEach)(with_groups(command))
 app.add_typer(flow, name="flow")
 
 

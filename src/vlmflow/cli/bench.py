@@ -142,11 +142,13 @@ def bench(
         points=points,
     )
     record = to_json(measured)
-    if save is not None:
-        with refusals():
-            write_json(save, record)
-        typer.echo(f"wrote {save}")
-    typer.echo(json.dumps(record))
+    try:
+        if save is not None:
+            with refusals():
+                write_json(save, record)
+            typer.echo(f"wrote {save}")
+    finally:
+        typer.echo(json.dumps(record))  # what took long to measure is not lost with a place that is full
 
 
 def first_questions(task: str, source: Path | None, count: int) -> list[Question]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from vlmflow.cli.groups import with_groups
+from vlmflow.cli.groups import OnceEach, with_groups
 from vlmflow.cli.options import (
     MOST,
     JsonOption,
@@ -123,10 +123,10 @@ def _options_of(experiment: type[Experiment], kinds: Mapping[str, Any]) -> type[
 
 
 for _experiment in EXPERIMENTS.values():
-    flow.command(_experiment.name)(study_command(_experiment))
+    flow.command(_experiment.name, cls=OnceEach)(study_command(_experiment))
 
 
-@flow.command("show")
+@flow.command("show", cls=OnceEach)
 @with_groups
 def show_(
     *,

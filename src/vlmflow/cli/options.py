@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -82,6 +83,8 @@ class PrunerOptions:
             if not equals:
                 raise ValueError(f"--set wants field=value, such as k1=2, got {name!r}")
         settings = {name.strip(): value.strip() for name, _, value in pairs}
+        if len(settings) < len(pairs):
+            raise ValueError("--set names one field twice; leave one of the two")
         parse_fields(self.pruner, settings)
         return settings
 
@@ -230,6 +233,11 @@ def check_folder(option: str, folder: Path) -> None:
         raise ValueError(f"{option} wants a folder, and {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{option}: you may not write in {nearest}; choose another folder")
+    try:
+        with TemporaryFile(dir=nearest) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:  # full, or mounted to be read only
+        raise ValueError(f"{option}: cannot write in {nearest} ({error.strerror}); choose another folder") from error
 
 
 def check_file(option: str, file: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from threading import get_ident
@@ -113,13 +114,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``path`` when the block ends, safely on disk; if it fails, nothing has changed.
 
     Folders above it are made. Threads and processes that write the same file do not meet: the last one counts.
+
+    Raises:
+        RecordError: the place cannot be written to, or is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what an operating system says of a file that cannot be written into a ``RecordError`` that names it."""
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = "make room there, or take another place" if full else "mend that, or take another place"
+        raise RecordError(f"{path}: cannot be written ({error.strerror or error}); {todo}") from error
