@@ -182,6 +182,19 @@ def test_bench_refuses_in_one_line(args, says):
     assert says in refused(vlmflow("bench", *args))
 
 
+@pytest.mark.parametrize("option", ["--model", "--image-tokens", "--pruner"])
+def test_an_option_that_is_given_twice_is_refused(option):
+    run = vlmflow("cost", option, "5", option, "5")
+    assert run.returncode == 2
+    assert f"Invalid value for '{option}'" in run.stderr
+    assert "given twice" in run.stderr
+    assert run.stdout == ""
+
+
+def test_a_field_that_is_set_twice_is_refused():
+    assert "--set names one field twice" in refused(vlmflow("cost", "--set", "k1=1", "--set", "k1=2"))
+
+
 WRITING = {
     "run": ["--image", SCENE.image, *ASK, "--save"],
     "demo": ["--out"],
@@ -212,7 +225,9 @@ def test_what_fails_in_the_end_is_told_without_python(tmp_path):
     (tmp_path / "record.json").mkdir()
     run = vlmflow("run", "--image", SCENE.image, *ASK, "--max-new-tokens", "1", "--save", tmp_path)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert run.stderr.endswith("record.json: Is a directory\n")
+    assert "record.json: cannot be written (Is a directory); mend that" in run.stderr
+    assert "Image tokens by stage" in run.stdout
+    assert not [*tmp_path.glob(".*")]
 
 
 @pytest.mark.parametrize(("args", "code"), [(["--version"], 0), (["run", "--image", "gone.png", "--prompt", "?"], 2)])
@@ -271,6 +286,7 @@ def files(tmp_path_factory):
         (["--set", "k1"], "--set wants field=value"),
         (["--set", "k2=12"], "prunes before layer 12, but this model allows layers 1 to 9"),
         (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "what\udcff"], "--prompt holds half a character"),
         (["--model", "bare"], "no weights"),
         (["--model", "broken"], "cannot load 'broken': its weights are broken ("),
         (["--model", "llama"], "cannot load 'llama'"),

@@ -13,7 +13,7 @@ from vlmflow.cli.bench import bench
 from vlmflow.cli.cost import cost
 from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.flow import flow
-from vlmflow.cli.groups import with_groups
+from vlmflow.cli.groups import OnceEach, with_groups
 from vlmflow.cli.lists import models, pruners
 from vlmflow.cli.run import demo, run
 from vlmflow.cli.samples import samples
@@ -25,22 +25,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
-app.command("eval")(with_groups(evaluate))
+app.command("eval", cls=OnceEach)(with_groups(evaluate))
 for command in (demo, run, samples, cost, bench, sweep, report, pruners, models):
-    app.command()(with_groups(command))
+    app.command(cls=OnceEach)(with_groups(command))
 app.add_typer(flow, name="flow")
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from, as VLMFLOW_TRACEBACK=1 does.")
+    ] = False,
+) -> None:
     """Options that need no command."""
+    if traceback:
+        os.environ["VLMFLOW_TRACEBACK"] = "1"  # for workers too
     if version:
         typer.echo(f"vlmflow {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """The entry point: quiet libraries, then the command."""
+    """Quiet libraries, then the command (``vlmflow.__main__`` is the entry point)."""
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.formatwarning = _format_warning

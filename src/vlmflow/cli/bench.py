@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.progress import Progress
 
 from vlmflow.cli.options import (
+    MOST,
     LoadingOptions,
     ModelOption,
     PrunersOption,
@@ -67,7 +68,9 @@ class PromptOptions:
     batch_size: Annotated[str, typer.Option(help="One or more, with commas between.")] = "1"
     new_tokens: Annotated[str, typer.Option(help="Length of the answer; one or more, with commas between.")] = "16"
     image_tokens: Annotated[str, typer.Option(help="Of a geometry's prompt; one or more, with commas.")] = "576"
-    text_tokens: Annotated[int, typer.Option(min=1, help="Of a geometry's prompt, all after the images.")] = 60
+    text_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Of a geometry's prompt, all after the images.")] = (
+        60
+    )
 
 
 def bench(
@@ -78,8 +81,8 @@ def bench(
     protocol: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()) + ".")
     ] = "deployed",
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds, after one that warms up.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Interleaved rounds, after one that warms up.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Processor threads; default: torch's.")] = None,
     save: Annotated[Path | None, typer.Option(help="A JSON file for the record.")] = None,
     loading: LoadingOptions,
 ) -> None:
@@ -139,11 +142,13 @@ def bench(
         points=points,
     )
     record = to_json(measured)
-    if save is not None:
-        with refusals():
-            write_json(save, record)
-        typer.echo(f"wrote {save}")
-    typer.echo(json.dumps(record))
+    try:
+        if save is not None:
+            with refusals():
+                write_json(save, record)
+            typer.echo(f"wrote {save}")
+    finally:
+        typer.echo(json.dumps(record))  # what took long to measure is not lost with a place that is full
 
 
 def first_questions(task: str, source: Path | None, count: int) -> list[Question]:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from vlmflow.cli.options import JsonOption, PrunerOptions
+from vlmflow.cli.options import MOST, JsonOption, PrunerOptions
 from vlmflow.cli.output import console, plain_table, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
@@ -32,11 +32,14 @@ def cost(
     model: Annotated[
         str, typer.Option("--model", "-m", help=f"Hub id, local folder, pico, or one of {', '.join(GEOMETRIES)}.")
     ] = "llava-1.5-7b",
+    model_revision: Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub.")] = None,
     pruner: PrunerOptions,
     image_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: those of one tile (LLaVA-1.5: of the image).")
+        int | None, typer.Option(min=1, max=MOST, help="Default: those of one tile (LLaVA-1.5: of the image).")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt, all after the image.")] = 60,
+    text_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Text tokens of the prompt, all after the image.")
+    ] = 60,
     paper: Annotated[bool, typer.Option("--paper", help="Recompute the costs in the HiMAP paper's tables.")] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -45,7 +48,7 @@ def cost(
         print_paper(json_)
         return
     with refusals():
-        geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model)
+        geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model, model_revision)
         chosen = pruner.make([geometry.attends(layer) for layer in range(geometry.layers)])
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
@@ -79,11 +82,11 @@ def cost(
         typer.echo(json.dumps(to_json(record)))
 
 
-def read_geometry(model: str) -> Geometry:
+def read_geometry(model: str, revision: str | None) -> Geometry:
     """The widths in a model's config."""
     from vlmflow.models import load_geometry  # torch and transformers take seconds that built-in widths do not need
 
-    return load_geometry(model)
+    return load_geometry(model, revision)
 
 
 def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | tuple[None, None]:

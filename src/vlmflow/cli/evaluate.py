@@ -161,13 +161,11 @@ def report(
     from vlmflow.records.schema import ReportRecord, to_json
 
     with refusals():
+        if out_dir is not None:
+            check_folder("--out", out_dir)
         results, left_out = find_results(folders)
         made = make_report(results)
         record = to_json(ReportRecord(list(made.lines), list(made.notes)))
-        if out_dir is not None:
-            write_text(out_dir / "report.md", made.markdown())
-            write_text(out_dir / "report.csv", table_of(made.lines).csv())
-            write_json(out_dir / "report.json", record)
     for path, what in left_out.items():
         remark(f"left out, as it is {what}: {path}")
     for grid in made.grids:
@@ -175,6 +173,10 @@ def report(
     for note in made.notes:
         console.print(note, highlight=False, markup=False)
     if out_dir is not None:
+        with refusals():
+            write_text(out_dir / "report.md", made.markdown())
+            write_text(out_dir / "report.csv", table_of(made.lines).csv())
+            write_json(out_dir / "report.json", record)
         typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
     if json_:
         typer.echo(json.dumps(record))

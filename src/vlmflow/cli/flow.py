@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from vlmflow.cli.groups import with_groups
+from vlmflow.cli.groups import OnceEach, with_groups
 from vlmflow.cli.options import (
+    MOST,
     JsonOption,
     LauncherOptions,
     LimitOption,
@@ -52,8 +53,8 @@ class StudyOptions:
         Path | None, typer.Option("--samples", help="Instead of a task: a JSON Lines file of image, question, answer.")
     ] = None
     limit: LimitOption = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, where the study can.")] = 8
-    seed: Annotated[int, typer.Option(help="Of the bootstrap and of random controls.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Samples at once, where the study can.")] = 8
+    seed: Annotated[int, typer.Option(min=0, max=MOST, help="Of the bootstrap and of random controls.")] = 0
 
     def subject(self, source: SourceOptions) -> tuple[Task, Source]:
         """The task and where its samples come from.
@@ -123,10 +124,10 @@ def _options_of(experiment: type[Experiment], kinds: Mapping[str, Any]) -> type[
 
 
 for _experiment in EXPERIMENTS.values():
-    flow.command(_experiment.name)(study_command(_experiment))
+    flow.command(_experiment.name, cls=OnceEach)(study_command(_experiment))
 
 
-@flow.command("show")
+@flow.command("show", cls=OnceEach)
 @with_groups
 def show_(
     *,
@@ -179,6 +180,8 @@ def _layers(text: str) -> Layers:
     for part in text.split(",") if text.strip() else ():
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise ValueError(f"--layers wants numbers and ranges such as 0-4,8, got {text!r}")
+            raise ValueError(f"--layers wants numbers and ranges such as 0-4,8, got {text!r:.80}")
+        if max(len(first), len(last)) > 4:
+            raise ValueError(f"--layers names layers that no model has, got {text!r:.80}")
         layers += range(int(first), int(last or first) + 1)
     return tuple(layers)

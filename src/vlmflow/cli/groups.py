@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class OnceEach(TyperCommand):
+    """A command that refuses an option that is given twice, where the later would silently count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that are no options."""
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        for option, count in Counter(option.name for option in order if not option.multiple).items():
+            if count > 1:
+                raise typer.BadParameter("given twice; leave one of the two", ctx, self._option(option))
+        return super().parse_args(ctx, args)
+
+    def _option(self, name: str | None) -> Any:
+        return next(option for option in self.params if option.name == name)
 
 
 def with_groups(function: Callable[..., None]) -> Callable[..., None]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
     from vlmflow.evaluate.on_ray import Loading, Pool
     from vlmflow.models import VLM
 
+MOST = 2**31 - 1  # of whatever is counted, as torch and numpy count
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or pico, the embedded model.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the model runs, auto to spread it; default: the first accelerator, or cpu.")
 ]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help=f"One of {', '.join(TASKS)}.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="How many samples, from the first on; default: all.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="How many samples, from the first on; default: all.")
+]
 PrunersOption = Annotated[
     str, typer.Option(help="Names with commas between, or classes of your own: file.py:Class, module:Class.")
 ]
@@ -49,18 +53,19 @@ class LoadingOptions:
     dtype: Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")] = (
         "auto"
     )
+    model_revision: Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub.")] = None
 
     def load(self, name: str, attn: str = "sdpa") -> VLM:
         """Load a model (see ``vlmflow.models.load``)."""
         from vlmflow.models import load  # torch and transformers take seconds that --help does not need
 
-        return load(name, self.device, self.dtype, attn)
+        return load(name, self.device, self.dtype, attn, self.model_revision)
 
     def named(self, name: str) -> Loading:
         """How whoever answers is to load a model (see ``vlmflow.evaluate.launch``)."""
         from vlmflow.evaluate.on_ray import Loading
 
-        return Loading.named(name, self.device, self.dtype)
+        return Loading.named(name, self.device, self.dtype, self.model_revision)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class PrunerOptions:
             if not equals:
                 raise ValueError(f"--set wants field=value, such as k1=2, got {name!r}")
         settings = {name.strip(): value.strip() for name, _, value in pairs}
+        if len(settings) < len(pairs):
+            raise ValueError("--set names one field twice; leave one of the two")
         parse_fields(self.pruner, settings)
         return settings
 
@@ -116,13 +123,13 @@ class RunOptions:
     """Which of a task's samples are answered, and how."""
 
     limit: LimitOption = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once, padded on the left.")] = 8
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST, help="Samples at once, padded on the left.")] = 8
     prompt_style: Annotated[
         str | None, typer.Option(help="The prompt style; default: paper for its tasks, else plain.")
     ] = None
     rule: Annotated[str | None, typer.Option(help="The answer rule; default: the task's first.")] = None
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer, in tokens; default: the task's.")
+        int | None, typer.Option(min=1, max=MOST, help="The longest answer, in tokens; default: the task's.")
     ] = None
 
     def samples(self, task: Task, source: Source) -> list[Sample]:
@@ -215,9 +222,11 @@ def pruners_named(text: str) -> list[type[Pruner]]:
 
 
 def checked_prompt(text: str) -> str:
-    """A question, or a ``ValueError`` where it is empty."""
+    """A question, or a ``ValueError`` where it is empty or no text."""
     if not text.strip():
         raise ValueError("the prompt is empty; ask something with --prompt")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # a byte that the terminal could not decode
+        raise ValueError("--prompt holds half a character; write it in the terminal's encoding")
     return text
 
 
@@ -235,6 +244,11 @@ def check_folder(option: str, folder: Path) -> None:
         raise ValueError(f"{option} wants a folder, and {nearest} is a file")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{option}: you may not write in {nearest}; choose another folder")
+    try:
+        with TemporaryFile(dir=nearest) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:  # full, or mounted to be read only
+        raise ValueError(f"{option}: cannot write in {nearest} ({error.strerror}); choose another folder") from error
 
 
 def check_file(option: str, file: Path) -> None:

@@ -79,9 +79,9 @@ def do_job(
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Say what to do after Ctrl-C."""
+    """Say what to do after Ctrl-C or SIGTERM, which ``vlmflow.__main__`` turns into an exit."""
     try:
         yield
-    except KeyboardInterrupt:
-        err_console.print("stopped; the same command continues from here")
-        raise typer.Exit(130) from None
+    except SystemExit as end:
+        end.add_note("the same command continues from here")
+        raise

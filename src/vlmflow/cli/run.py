@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vlmflow.cli.options import (
+    MOST,
     DeviceOption,
     JsonOption,
     LoadingOptions,
@@ -54,7 +55,7 @@ def run(
     compare: Annotated[bool, typer.Option("--compare", help="Answer under every method, side by side.")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder for a picture of the kept patches and a record.")] = None,
     json_: JsonOption = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="The longest answer, in tokens.")] = 64,
     loading: LoadingOptions,
 ) -> None:
     """Ask a model about images, with its image tokens pruned."""
@@ -147,7 +148,7 @@ def save_run(
 
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")] = Path("demo"),
-    limit: Annotated[int, typer.Option(min=1, help="How many of the bundled pictures.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, max=MOST, help="How many of the bundled pictures.")] = 10,
     device: DeviceOption = None,
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""

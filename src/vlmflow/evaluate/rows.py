@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmflow.records.files import read_json
+from vlmflow.records.files import RecordError, read_json
 from vlmflow.records.folder import ROWS, VERDICTS, Folder, RowFile
+from vlmflow.records.schema import from_json
 from vlmflow.tasks import Outcome, Picture, Sample
 
 
@@ -64,7 +65,7 @@ class Row:
         kept = {name: value for name, value in held.items() if value}
         if self.failure is not None:
             return {"id": sample.id, "prompt": self.prompt, "failed": self.failure, "sample": kept}
-        record = {name: getattr(self, name) for name in _WRITTEN}
+        record = {name: getattr(self, name) for name in _Written.__dataclass_fields__}
         record["image_tokens"] = {str(layer): count for layer, count in self.image_tokens.items()}
         return {"id": sample.id, **record, "sample": kept}
 
@@ -82,12 +83,25 @@ class Row:
         )
         if "failed" in record:
             return cls(sample, record["prompt"], failure=record["failed"])
-        fields = {name: record[name] for name in _WRITTEN}
-        fields["image_tokens"] = {int(layer): count for layer, count in record["image_tokens"].items()}
-        return cls(sample, **fields)
+        written = from_json(_Written, record, "a row")
+        if 0 not in written.image_tokens:
+            raise RecordError("a row: image_tokens must say how many entered layer 0")
+        return cls(sample, **vars(written))
 
 
-_WRITTEN = ("prompt", "answer", "parsed", "score", "answer_tokens", "tokens", "question_tokens", "image_tokens", "cost")
+@dataclass(frozen=True)
+class _Written:
+    """A row's fields as they are written, in this order; of ``image_tokens`` the layers as text."""
+
+    prompt: str
+    answer: str
+    parsed: str | None
+    score: float | None
+    answer_tokens: int
+    tokens: int
+    question_tokens: int
+    image_tokens: dict[int, int]
+    cost: dict[str, Any] | None
 
 
 def rows_of(folder: Folder) -> RowFile[Row]:
@@ -98,7 +112,12 @@ def rows_of(folder: Folder) -> RowFile[Row]:
 def verdicts_of(folder: Folder) -> dict[str, Any] | None:
     """The judge and its verdicts, None where no judge has marked the answers."""
     path = folder.path / VERDICTS
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if not isinstance(record.get("verdicts"), dict) or not isinstance(record.get("judge"), dict):
+        raise RecordError(f"{path}: holds no judge's verdicts; take it away, and have the answers marked again")
+    return record
 
 
 def outcomes_of(folder: Folder) -> list[Outcome]:

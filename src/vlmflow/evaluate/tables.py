@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmflow.core.errors import typed_line
 from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import SETTINGS, SUMMARY, Folder, differences
@@ -37,7 +38,12 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> Result:
         """A run's folder; a ``RecordError`` where it is not finished, or broken."""
-        return cls(path, from_json(EvaluationSummary, Folder(path).summary(), path / SUMMARY))
+        result = cls(path, from_json(EvaluationSummary, Folder(path).summary(), path / SUMMARY))
+        try:
+            line_of(result)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise RecordError(f"{path / SUMMARY}: no summary of vlmflow eval ({typed_line(error)})") from error
+        return result
 
     @property
     def settings(self) -> dict[str, Any]:

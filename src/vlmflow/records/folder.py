@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from vlmflow.records.files import RecordError, read_json, write_json, write_text
+from vlmflow.records.files import RecordError, read_json, write_json, write_text, writing
 
 try:
     import fcntl
@@ -62,7 +62,7 @@ class RowFile(Generic[R]):
             try:
                 record = json.loads(line)
                 rows[record["id"]] = self.row_type.from_dict(record)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except Exception:  # whatever a line that somebody else wrote makes its reader run into
                 raise RecordError(
                     f"{self.path}, line {number}: not a row of this kind of run; take the line out, and its sample is "
                     "done again"
@@ -71,7 +71,7 @@ class RowFile(Generic[R]):
 
     def append(self, rows: Iterable[R]) -> None:
         """Write rows so that a killed process, or machine, has lost at most those of one call."""
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write(self._text(rows).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -116,7 +116,7 @@ class OpenFolder(Folder):
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Note when, where and how long it ran."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
+        with writing(self.path / LOG), (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
 
@@ -129,8 +129,10 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[OpenFolder]:
     """
     if path.exists() and not path.is_dir():
         raise RecordError(f"results need a folder, and {path} is a file")
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as lock:
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock_file = (path / ".lock").open("w")
+    with lock_file as lock:
         if fcntl is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,6 +140,8 @@ def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[OpenFolder]:
                 raise RecordError(
                     f"another process is writing to {path}; wait for it, or take another folder"
                 ) from None
+        for left in path.glob(".*.partial"):  # by a process that was killed
+            left.unlink()
         _agree(path, json.loads(json.dumps(settings)))
         if (rows := path / ROWS).is_file():  # take away a last line that was not written whole
             os.truncate(rows, rows.read_bytes().rfind(b"\n") + 1)

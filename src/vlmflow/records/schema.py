@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -315,7 +316,7 @@ class StudyRow:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> StudyRow:
         """The row that ``to_dict`` wrote."""
-        return cls(**{**record, "images": tuple(record["images"])})
+        return from_json(cls, record, "a row")
 
 
 @dataclass(frozen=True)
@@ -382,16 +383,20 @@ def to_json(record: Any) -> dict[str, Any]:
     return TypeAdapter(type(record)).dump_python(record, mode="json")
 
 
+_adapter = cache(TypeAdapter)  # which takes longer to make than to use
+
+
 def from_json(kind: type[T], record: Mapping[str, Any], origin: object) -> T:
     """A record that ``to_json`` made; fields that are not known are left out. ``origin`` is its place, for errors.
 
     Raises:
         RecordError: a field is missing or of another type, or a newer version has written it.
     """
-    if record.get("format", FORMAT) > FORMAT:
-        raise RecordError(f"{origin}: written in format {record['format']} by a newer vlmflow; this one reads {FORMAT}")
+    written = record.get("format", FORMAT)
+    if isinstance(written, int) and written > FORMAT:
+        raise RecordError(f"{origin}: written in format {written} by a newer vlmflow; this one reads {FORMAT}")
     try:
-        return TypeAdapter(kind).validate_python(record)
+        return _adapter(kind).validate_python(record)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
