@@ -49,7 +49,7 @@ def cost(
         return
     with refusals():
         geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model, model_revision)
-        chosen = pruner.make([geometry.attends(layer) for layer in range(geometry.layers)])
+        chosen = pruner.make([kind.attends for kind in geometry.kinds])
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
             raise ValueError(f"how many image tokens {model} makes depends on the image; say it with --image-tokens")

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from vlmflow.core.errors import refusal
-from vlmflow.core.geometry import Geometry, Recurrence, Tower
+from vlmflow.core.geometry import Geometry, Kind, Recurrence, Tower
 
 Attention = Literal["full", "causal"]  # pairs counted: all, as dense kernels do, or the visible ones
 Schedule = tuple[int, ...]  # image tokens that enter each decoder layer
@@ -81,10 +81,10 @@ def paper_flops(geometry: Geometry, schedule: Schedule) -> int:
     """
     _check(geometry, schedule, 0)
     d, total = geometry.hidden, 0
-    for layer, n in enumerate(schedule):
-        shared = geometry.intermediate if geometry.shared_expert else 0
-        active = geometry.experts_per_token * geometry.expert_intermediate + shared
-        m = active if geometry.routed(layer) else geometry.intermediate
+    shared = geometry.intermediate if geometry.shared_expert else 0
+    active = geometry.experts_per_token * geometry.expert_intermediate + shared
+    for n, kind in zip(schedule, geometry.kinds, strict=True):
+        m = active if kind.is_routed else geometry.intermediate
         total += 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
     return total
 
@@ -104,15 +104,15 @@ def _pairs(new: int, past: int, window: int | None, attention: Attention) -> int
 def _decoder_flops(g: Geometry, new: Sequence[int], past: Sequence[int], attention: Attention, logits: int) -> int:
     matrices = 3 if g.gated else 2
     total = 2 * logits * g.hidden * g.vocab
-    for layer, (n, p) in enumerate(zip(new, past, strict=True)):
+    for n, p, kind in zip(new, past, g.kinds, strict=True):
         mlp = matrices * g.intermediate
-        if g.routed(layer):
+        if kind.is_routed:
             shared = mlp + 1 if g.shared_expert else 0  # with its gate
             mlp = g.experts + matrices * g.experts_per_token * g.expert_intermediate + shared  # router first
         total += 2 * n * g.hidden * mlp
-        if g.recurrence is None or g.attends(layer):
+        if g.recurrence is None or kind.attends:
             total += 2 * n * (_projections(g) + g.hidden * g.heads * g.head_dim)  # q, k and v, then o
-            total += 4 * g.heads * g.head_dim * _pairs(n, p, g.window(layer), attention)  # q k^T, its product with v
+            total += 4 * g.heads * g.head_dim * _pairs(n, p, kind.window, attention)  # q k^T, its product with v
         else:
             total += _recurrent_flops(g.recurrence, n, p)
     return total
@@ -142,7 +142,7 @@ def _recurrent_flops(r: Recurrence, new: int, past: int) -> int:
 def score_flops(geometry: Geometry, scores: Sequence[Score]) -> int:
     """Count what ranking costs: 2 x heads x head_dim x queries x keys per score, plus peeked projections."""
     products = sum(2 * geometry.heads * geometry.head_dim * score.queries * score.keys for score in scores)
-    peeks = sum(score.peek for score in scores if geometry.attends(score.layer))
+    peeks = sum(score.peek for score in scores if geometry.kinds[score.layer].attends)
     return products + 2 * peeks * _projections(geometry)
 
 
@@ -187,16 +187,15 @@ def kv_bytes(
     if decoded < 0 or dtype_bytes < 1:
         got = f"{decoded} and {dtype_bytes}"
         raise refusal("kv_bytes", "decoded >= 0 and dtype_bytes >= 1", got, "bfloat16 has 2 bytes")
-    held = [text_tokens + n + decoded for n in schedule]
     token = 2 * geometry.kv_heads * geometry.head_dim * dtype_bytes
 
-    def slots(layer: int, tokens: int) -> int:
-        if not geometry.attends(layer):
+    def slots(kind: Kind, tokens: int) -> int:
+        if not kind.attends:
             return 0
-        window = geometry.window(layer)
-        return tokens if window is None else min(tokens, window - 1)
+        return tokens if kind.window is None else min(tokens, kind.window - 1)
 
-    return tuple(token * slots(layer, tokens) for layer, tokens in enumerate(held))
+    held = [text_tokens + n + decoded for n in schedule]
+    return tuple(token * slots(kind, tokens) for kind, tokens in zip(geometry.kinds, held, strict=True))
 
 
 def vision_flops(tower: Tower, grids: Sequence[tuple[int, int]]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmflow.core.errors import refusal
 
@@ -54,6 +55,14 @@ class Recurrence:
     value_dim: int = 0
 
 
+class Kind(NamedTuple):
+    """A decoder layer as far as its cost goes."""
+
+    is_routed: bool
+    attends: bool
+    window: int | None
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The widths that decide what a text decoder costs; its vision tower stands apart.
@@ -96,6 +105,11 @@ class Geometry:
         from vlmflow.core.families import geometry_of  # families are made of readers that know this class
 
         return geometry_of(config)
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What each layer is."""
+        return tuple(Kind(self.routed(i), self.attends(i), self.window(i)) for i in range(self.layers))
 
     def routed(self, layer: int) -> bool:
         """Tell whether this layer's MLP is a mixture of experts."""

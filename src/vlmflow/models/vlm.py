@@ -81,8 +81,8 @@ class VLM:
         positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise ModelError(
-                f"the prompt has {longest} tokens, and the model positions for {positions}; ask less, or about fewer or "
-                "smaller images"
+                f"the prompt has {longest} tokens, and the model positions for {positions}; ask less, or about fewer "
+                "or smaller images"
             )
         dtype = self.model.dtype
         return {key: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for key, t in batch.items()}
