@@ -3,19 +3,24 @@
 import ast
 import json
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vlmflow.cli import app
-from vlmflow.models import ModelError, ModelWarning, load, load_geometry
+from vlmflow.models import ModelError, ModelWarning, Question, load, load_geometry, open_image
 from vlmflow.pico import MODEL_DIR, samples
 
+loading = sys.modules[load.__module__]
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 SCENE = samples()[0]
@@ -221,3 +226,36 @@ def test_a_broken_chat_template_is_refused_before_the_weights(tmp_path, template
     (folder / WEIGHTS).write_bytes(b"")
     with pytest.raises(ModelError, match=r"its chat template is broken \(.*Error: .*get the checkpoint again"):
         load(str(folder), "cpu")
+
+
+def test_a_folder_that_is_not_there_is_said():
+    with pytest.raises(ModelError, match=r"cannot load './nope': there is no such folder"):
+        load("./nope")
+    with pytest.raises(ModelError, match=r"'pico' is no model of the hub, so it has no revision 'v2'"):
+        load("pico", revision="v2")
+
+
+def test_a_hub_that_does_not_answer_is_said_within_seconds(caplog, monkeypatch):
+    """A listener that takes connections and says nothing; what it is asked is said before."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(loading, "ANSWER_WITHIN", 0.5)
+        monkeypatch.setattr(loading, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{port}"))
+        start = time.perf_counter()
+        for read in (load, load_geometry):
+            with pytest.raises(ModelError, match=rf"127.0.0.1:{port} cannot be reached \(\w+\); check the name"):
+                read("some/where")
+        assert time.perf_counter() - start < 5
+    assert caplog.messages == [f"vlmflow: asking http://127.0.0.1:{port} for some/where"] * 2
+
+
+def test_prompts_behind_the_last_position_are_refused(tmp_path):
+    folder = copy_of_pico(tmp_path / "model")
+    set_in_config(folder, "text_config", "max_position_embeddings", 600)
+    vlm = load(str(folder), "cpu")
+    image = open_image(SCENE.image)
+    vlm.encode([Question("What?", (image,))])
+    with pytest.raises(ModelError, match=r"the prompt has 1\d\d\d tokens, and the model positions for 600; ask less"):
+        vlm.encode([Question("What?", (image,)), Question("What?", (image, image))])

@@ -32,6 +32,7 @@ def cost(
     model: Annotated[
         str, typer.Option("--model", "-m", help=f"Hub id, local folder, pico, or one of {', '.join(GEOMETRIES)}.")
     ] = "llava-1.5-7b",
+    model_revision: Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub.")] = None,
     pruner: PrunerOptions,
     image_tokens: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Default: those of one tile (LLaVA-1.5: of the image).")
@@ -47,7 +48,7 @@ def cost(
         print_paper(json_)
         return
     with refusals():
-        geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model)
+        geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model, model_revision)
         chosen = pruner.make([True] * geometry.layers)
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
@@ -81,11 +82,11 @@ def cost(
         typer.echo(json.dumps(to_json(record)))
 
 
-def read_geometry(model: str) -> Geometry:
+def read_geometry(model: str, revision: str | None) -> Geometry:
     """The widths in a model's config."""
     from vlmflow.models import load_geometry  # torch and transformers take seconds that built-in widths do not need
 
-    return load_geometry(model)
+    return load_geometry(model, revision)
 
 
 def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | tuple[None, None]:

@@ -50,18 +50,19 @@ class LoadingOptions:
     dtype: Annotated[str, typer.Option(help="A torch dtype such as bfloat16, or auto for the checkpoint's own.")] = (
         "auto"
     )
+    model_revision: Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub.")] = None
 
     def load(self, name: str, attn: str = "sdpa") -> VLM:
         """Load a model (see ``vlmflow.models.load``)."""
         from vlmflow.models import load  # torch and transformers take seconds that --help does not need
 
-        return load(name, self.device, self.dtype, attn)
+        return load(name, self.device, self.dtype, attn, self.model_revision)
 
     def named(self, name: str) -> Loading:
         """How whoever answers is to load a model (see ``vlmflow.evaluate.launch``)."""
         from vlmflow.evaluate.on_ray import Loading
 
-        return Loading.named(name, self.device, self.dtype)
+        return Loading.named(name, self.device, self.dtype, self.model_revision)
 
 
 @dataclass(frozen=True)

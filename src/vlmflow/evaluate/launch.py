@@ -38,11 +38,11 @@ def launch(
             job = job_for(pool.facts.attends)
             return collect(pool, job, out, batch_size=batch_size, samples=samples, progress=progress)
     if not is_torchelastic_launched():
-        vlm = load(loading.name, loading.device, loading.dtype)
+        vlm = load(loading.name, loading.device, loading.dtype, revision=loading.revision)
         return run(vlm, job_for(vlm.attends), out, batch_size=batch_size, samples=samples, progress=progress)
     if loading.device == "auto":
         raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
-    vlm = load(loading.name, loading.device or own_accelerator(), loading.dtype)
+    vlm = load(loading.name, loading.device or own_accelerator(), loading.dtype, revision=loading.revision)
     ranks, job = Ranks(vlm), job_for(vlm.attends)
     if ranks.rank:
         return ranks.help(job, samples)

@@ -40,15 +40,16 @@ class Loading:
     path: str
     device: str | None = None
     dtype: str = "auto"
+    revision: str | None = None
 
     @classmethod
-    def named(cls, name: str, device: str | None, dtype: str) -> Loading:
+    def named(cls, name: str, device: str | None, dtype: str, revision: str | None = None) -> Loading:
         """By a name that is known here; workers need not start in the same folder."""
-        return cls(name, str(Path(name).resolve()) if Path(name).is_dir() else name, device, dtype)
+        return cls(name, str(Path(name).resolve()) if Path(name).is_dir() else name, device, dtype, revision)
 
     def load(self) -> VLM:
         """The model."""
-        return replace(load(self.path, self.device, self.dtype), name=self.name)
+        return replace(load(self.path, self.device, self.dtype, revision=self.revision), name=self.name)
 
 
 class Pool(Workers):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -20,6 +24,7 @@ from vlmflow.models.processors import load_processor, needs_own_code
 from vlmflow.models.vlm import VLM, ModelError
 from vlmflow.pico import MODEL_DIR
 
+ANSWER_WITHIN = 8.0  # seconds that the hub has
 MOST_LAYERS = 1000  # no model is so deep
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,12 +33,18 @@ class ModelWarning(UserWarning):
     """A model was loaded, but something about its checkpoint should be known."""
 
 
-def load(name: str = "pico", device: str | None = None, dtype: str = "auto", attn: str = "sdpa") -> VLM:
+def load(
+    name: str = "pico",
+    device: str | None = None,
+    dtype: str = "auto",
+    attn: str = "sdpa",
+    revision: str | None = None,
+) -> VLM:
     """Load a model by hub id, local folder, or ``pico``, the model inside the package.
 
     ``dtype`` is a torch dtype's name, or ``auto`` for the checkpoint's own (float32 for pico). ``device`` is where it
     goes, by default the first accelerator, else the CPU; ``auto`` spreads its layers over all accelerators and, what
-    they cannot hold, over the CPU's memory, as accelerate sees fit.
+    they cannot hold, over the CPU's memory, as accelerate sees fit. ``revision`` is a branch, tag or commit on the hub.
 
     >>> load("pico").n_layers
     10
@@ -42,7 +53,7 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
         ModelError: it cannot be found, has no weights or broken ones, is no image-text-to-text model, or cannot go to
             the device.
     """
-    path = _path(name)
+    path = _path(name, revision)
     if name == "pico" and dtype == "auto":
         dtype = "float32"  # half precision on disk only
     if dtype != "auto":
@@ -50,10 +61,11 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     where = "auto" if device == "auto" else device_named(device)
     logging.disable_progress_bar()
     try:
-        _read_config(path)
-        processor = load_processor(path)
+        _read_config(path, revision)
+        processor = load_processor(path, revision)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
+            revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn,
             device_map="auto" if where == "auto" else None,
@@ -74,8 +86,42 @@ def load(name: str = "pico", device: str | None = None, dtype: str = "auto", att
     return VLM(name, model.eval(), processor)
 
 
-def _path(name: str) -> str:
-    return str(MODEL_DIR) if name == "pico" else name
+def _path(name: str, revision: str | None) -> str:
+    """What transformers finds a model by: its folder, or its hub id where the hub answers.
+
+    Where it does not, the folder of what was downloaded before. transformers itself asks a hub that does not answer for
+    minutes, file by file.
+
+    Raises:
+        ModelError: no such folder, no such model on the hub, or a hub that does not answer and nothing downloaded.
+    """
+    if name == "pico" or Path(name).is_dir():
+        if revision is not None:
+            raise ModelError(f"{name!r} is no model of the hub, so it has no revision {revision!r}; leave it out")
+        return str(MODEL_DIR) if name == "pico" else name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ModelError(f"cannot load {name!r}: there is no such folder, and this is no hub id") from None
+    if constants.HF_HUB_OFFLINE:
+        return name
+    getLogger(__name__).warning("vlmflow: asking %s for %s", constants.ENDPOINT, name)
+    try:
+        HfApi().model_info(name, revision=revision, timeout=ANSWER_WITHIN)
+    except HfHubHTTPError as error:  # it has answered: no such model or revision, or none for this user
+        raise ModelError(
+            f"cannot load {name!r}: there is no such folder, and {constants.ENDPOINT} says HTTP "
+            f"{error.response.status_code}; check the name and revision, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # of whichever library carries the request
+        try:
+            return snapshot_download(name, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise ModelError(
+                f"cannot load {name!r}: there is no such folder, and {constants.ENDPOINT} cannot be reached "
+                f"({type(error).__name__}); check the name, or download the model first"
+            ) from error
+    return name
 
 
 def _check_complete(name: str, report: Mapping[str, Collection[Any]]) -> None:
@@ -139,29 +185,30 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def load_geometry(name: str) -> Geometry:
+def load_geometry(name: str, revision: str | None = None) -> Geometry:
     """What decides a model's cost, read from the config of a hub id, a local folder or ``pico``.
 
     Raises:
         ModelError: the config cannot be read.
         ValueError: a family that is not known.
     """
+    path = _path(name, revision)
     try:
-        config = _read_config(_path(name))
+        config = _read_config(path, revision)
     except Exception as error:  # as in ``load``
         known = f"; built in are {', '.join(GEOMETRIES)}"
         raise ModelError(f"cannot read the config of {name!r}: {_reason(name, error)}{known}") from error
     return Geometry.from_config(config)
 
 
-def _read_config(path: str) -> Any:
+def _read_config(path: str, revision: str | None) -> Any:
     """A checkpoint's config; one whose depth no model has is refused: it would be built until all is full.
 
     Raises:
         ModelError: such a depth.
         Exception: whatever a broken config makes its readers run into.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if depth is not None and not 0 < depth <= MOST_LAYERS:
         raise ModelError(f"its config names {depth!r:.20} decoder layers; get the checkpoint again")

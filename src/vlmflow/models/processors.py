@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import import_utils
@@ -36,7 +37,7 @@ class ProcessorError(ValueError):
     """A processor cannot be loaded or used; the message says what to do."""
 
 
-def load_processor(path: str) -> ProcessorMixin:
+def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
     """Load the processor of a hub id or local folder; no code of the checkpoint's own is run.
 
     Most families' processors also take videos, and want torchvision and other packages that only videos need. Where
@@ -50,11 +51,12 @@ def load_processor(path: str) -> ProcessorMixin:
     """
     flaw = set_aside_broken_torchvision()
     videos_need = f"install a torchvision that fits this torch ({flaw})" if flaw else 'pip install "vlmflow[video]"'
-    kind = _processor_class(path)
+    at = {"revision": revision or "main"}
+    kind = _processor_class(path, at)
     if not {"tokenizer", "image_processor"} <= set(kind.get_attributes()):
         raise ProcessorError(f"its {kind.__name__} takes no images with text, so it is no image-text-to-text model")
     try:
-        processor = _with_videos(kind, path) or _for_images(kind, path, videos_need)
+        processor = _with_videos(kind, path, at) or _for_images(kind, path, at, videos_need)
     except ProcessorError:
         raise
     except (ImportError, ValueError) as error:
@@ -77,16 +79,16 @@ def _check_template(processor: Any) -> None:
         raise ProcessorError(f"its chat template is broken ({typed_line(error)}); get the checkpoint again") from error
 
 
-def _processor_class(path: str) -> Any:
+def _processor_class(path: str, at: Mapping[str, Any]) -> Any:
     """The class that the checkpoint's files name, else that of its model type."""
     import transformers
     from transformers.models.auto.processing_auto import (
         PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage] (5.23 defines it elsewhere than 5.0)
     )
 
-    name = next((kind for settings in _settings(path) if (kind := settings.get("processor_class"))), None)
+    name = next((kind for settings in _settings(path, at) if (kind := settings.get("processor_class"))), None)
     if name is None:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, **at, trust_remote_code=False)
         name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
     if name is None:
         raise ProcessorError("it has no processor for images, so it is no image-text-to-text model")
@@ -97,7 +99,7 @@ def _processor_class(path: str) -> Any:
         raise ProcessorError(_reason(error)) from error
     except AttributeError as error:
         raise ProcessorError(
-            f"its {name} is not in transformers {transformers.__version__}; {needs_own_code(path)}"
+            f"its {name} is not in transformers {transformers.__version__}; {needs_own_code(path, at)}"
         ) from error
 
 
@@ -117,31 +119,31 @@ def _module(name: str) -> Any:
             del sys.modules[wanted]
 
 
-def _with_videos(kind: Any, path: str) -> Any | None:
+def _with_videos(kind: Any, path: str, at: Mapping[str, Any]) -> Any | None:
     """The processor as it is, None if its video half lacks a package."""
     takes_videos = "video_processor" in kind.get_attributes()
     if takes_videos and not import_utils.is_torchvision_available():
         return None
     try:
-        return kind.from_pretrained(path, trust_remote_code=False)
+        return kind.from_pretrained(path, **at, trust_remote_code=False)
     except ImportError:
         if takes_videos:
             return None
         raise
 
 
-def _for_images(kind: Any, path: str, videos_need: str) -> Any:
+def _for_images(kind: Any, path: str, at: Mapping[str, Any], videos_need: str) -> Any:
     """A processor that refuses videos."""
     from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING
 
-    settings, _ = kind.get_processor_dict(path)
+    settings, _ = kind.get_processor_dict(path, **at)
     names = kind.get_attributes()
     if not set(names) <= MODALITY_TO_AUTOPROCESSOR_MAPPING.keys():
         raise ProcessorError(f"its {kind.__name__} cannot be loaded for images only; for videos: {videos_need}")
     parts = [
         NoVideos(videos_need)
         if name == "video_processor"
-        else MODALITY_TO_AUTOPROCESSOR_MAPPING[name].from_pretrained(path, trust_remote_code=False)
+        else MODALITY_TO_AUTOPROCESSOR_MAPPING[name].from_pretrained(path, **at, trust_remote_code=False)
         for name in names
     ]
     with _excused(kind):
@@ -150,9 +152,9 @@ def _for_images(kind: Any, path: str, videos_need: str) -> Any:
     return processor
 
 
-def needs_own_code(path: str) -> str:
+def needs_own_code(path: str, at: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Why a checkpoint is refused that transformers knows only by code in it; names the files."""
-    maps = [settings.get("auto_map") for settings in _settings(path)]
+    maps = [settings.get("auto_map") for settings in _settings(path, at)]
     entries = [entry for named in maps if isinstance(named, dict) for entry in named.values()]
     classes = [name for entry in entries for name in _strings(entry)]
     files = sorted({name.rpartition(".")[0].replace("--", "/") + ".py" for name in classes})
@@ -168,12 +170,12 @@ def _strings(entry: Any) -> list[str]:
     return [text for text in inside if isinstance(text, str)]
 
 
-def _settings(path: str) -> Iterator[dict[str, Any]]:
+def _settings(path: str, at: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The settings files that a hub id or local folder has, as far as they can be read."""
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     lenient: dict[str, Any] = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
     for name in SETTINGS:
-        if (file := cached_file(path, name, **lenient)) is not None:
+        if (file := cached_file(path, name, **at, **lenient)) is not None:
             yield read_json(Path(file))
 
 

@@ -62,7 +62,11 @@ class VLM:
         return next(weights, torch.device("cpu"))
 
     def encode(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-        """A left-padded batch of prompts, images before text, on the model's device."""
+        """A left-padded batch of prompts, images before text, on the model's device.
+
+        Raises:
+            ModelError: a prompt of more tokens than the model has positions, behind which it answers nonsense.
+        """
         seeing = [question for question in questions if question.images]
         blind = [question for question in questions if not question.images]
         if not blind:
@@ -73,6 +77,13 @@ class VLM:
             has_images = torch.tensor([bool(question.images) for question in questions])
             padding = self.processor.tokenizer.pad_token_id
             batch = _interleave(self._encode_images(seeing), self._encode_text(blind), has_images, padding)
+        longest = int(batch["attention_mask"].sum(1).max())
+        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise ModelError(
+                f"the prompt has {longest} tokens, and the model positions for {positions}; ask less, or about fewer "
+                "or smaller images"
+            )
         dtype = self.model.dtype
         return {key: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for key, t in batch.items()}
 
