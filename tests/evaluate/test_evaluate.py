@@ -258,6 +258,25 @@ def test_changed_data_and_weights_are_other_settings(vlm, questions):
     assert fingerprint(other.model) != before["weights"]
 
 
+def test_exchanged_pictures_are_not_summed_up_together(vlm, questions, finished, tmp_path):
+    before = files(finished)
+    (tmp_path / "3.png").write_bytes(SCENES[4].image.read_bytes())
+    with pytest.raises(RecordError, match=r"answers about other images than those of 1 samples now \(q3\); put the im"):
+        run(vlm, evaluation(questions), finished)
+    assert files(finished) == before
+    (finished / "pictures.json").unlink()  # as an older version left it
+    run(vlm, evaluation(questions), finished)
+    assert files(finished) == before
+
+
+def test_a_folder_of_an_older_version_goes_on(vlm, questions, finished):
+    """Its settings have no commit."""
+    settings = Folder(finished).settings()
+    assert settings.pop("commit") is None
+    (finished / "settings.json").write_text(json.dumps(settings))
+    assert run(vlm, evaluation(questions), finished)["settings"] == settings
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     with claim(tmp_path / "out", {"a": 1}), pytest.raises(RecordError, match="another process is writing"):
         claim(tmp_path / "out", {"a": 1}).__enter__()

@@ -352,7 +352,8 @@ def command(tmp_path):
     args = ["eval", "--task", "mmvet", "--source", tmp_path / "vet", "--max-new-tokens", "3", "--out", tmp_path / "out"]
 
     def run(*more):
-        return CliRunner().invoke(app, [str(arg) for arg in (*args, *more)], catch_exceptions=False)
+        options = args[3:] if "--task" in more else args[1:]  # an option that is given twice is refused
+        return CliRunner().invoke(app, ["eval", *(str(arg) for arg in (*options, *more))], catch_exceptions=False)
 
     return run
 
@@ -461,3 +462,19 @@ def test_a_judge_without_its_library_is_refused_before_a_model_is_loaded(command
     made = command("--model", "no/such/model", "--judge", "j")
     assert (made.exit_code, made.stdout) == (2, "")
     assert 'pip install "vlmflow[eval]"' in made.stderr
+
+
+def test_a_key_that_a_reply_quotes_is_in_no_file(serve, command, tmp_path):
+    server = serve(lambda request, before: reply(f"0.5 said {KEY}"))
+    made = command("--judge", "j", "--judge-url", server.url)
+    assert KEY not in made.output
+    kept = held(tmp_path / "out")
+    assert any(b"[key]" in content for content in kept.values())
+    assert not [name for name, content in kept.items() if KEY.encode() in content]
+
+
+def test_a_judge_that_marks_nothing_ends_with_its_commonest_failure(serve, command):
+    server = serve(lambda request, before: (400, {}) if number(request) else (422, {}))
+    made = command("--judge", "j", "--judge-url", server.url)
+    assert made.exit_code == 1
+    assert made.stderr.rstrip().endswith("no answer (HTTP 400, for most); the same command asks it again")

@@ -231,7 +231,7 @@ def test_a_broken_chat_template_is_refused_before_the_weights(tmp_path, template
 def test_a_folder_that_is_not_there_is_said():
     with pytest.raises(ModelError, match=r"cannot load './nope': there is no such folder"):
         load("./nope")
-    with pytest.raises(ModelError, match=r"'pico' is no model of the hub, and has no revision 'v2'"):
+    with pytest.raises(ModelError, match=r"'pico' is no model of the hub, so it has no revision 'v2'"):
         load("pico", revision="v2")
 
 

@@ -140,6 +140,7 @@ def bench(
         machine=machine(model.device),
         versions=versions(),
         points=points,
+        commit=getattr(model.config, "_commit_hash", None),
     )
     record = to_json(measured)
     try:

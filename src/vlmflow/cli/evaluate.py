@@ -30,7 +30,7 @@ from vlmflow.cli.options import (
 from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
 from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.evaluate.budgets import for_task
-from vlmflow.evaluate.judge import mark, write_requests
+from vlmflow.evaluate.judge import mark, why_unmarked, write_requests
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
 from vlmflow.tasks import Task
 
@@ -81,6 +81,7 @@ def evaluate(
 
     size, title = run.batch_size, f"{task} {name}"
     summary = do_job(evaluation_for, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
+    unmarked = None
     if marker is not None:
         with refusals(), stoppable():
             evaluation = evaluation_for([True] * summary["settings"]["layers"])
@@ -89,12 +90,16 @@ def evaluate(
                 remark(f"wrote {count} requests to {out_dir / 'requests.jsonl'}")
             else:
                 summary = mark(out_dir, evaluation, marker, samples)
+                unmarked = why_unmarked(out_dir)
     _print_summary(summary, chosen)
     typer.echo(f"wrote {out_dir / 'summary.json'}")
     if json_:
         typer.echo(json.dumps(summary))
     if not summary["samples"]["answered"]:
         remark("every sample failed")
+        raise typer.Exit(1)
+    if unmarked is not None:
+        remark(f"the judge has marked no answer ({unmarked}, for most); the same command asks it again")
         raise typer.Exit(1)
 
 

@@ -156,6 +156,7 @@ def show_(
         drawn = patches(vlm, question, named)
         record = FlowRecord(
             model=model,
+            commit=vlm.commit,
             prompt=prompt,
             images=[str(path) for path in image],
             token=drawn.token,

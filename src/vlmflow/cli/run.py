@@ -83,6 +83,7 @@ def run(
     print_runs(runs)
     record = RunRecord(
         model=model,
+        commit=vlm.commit,
         prompt=prompt,
         images=[str(path) for path in images],
         versions=versions(),

@@ -255,11 +255,11 @@ class Session:
         source = self._target.sources[layer_idx]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            prefill, layer = self._calls.prefill(), layer_of(kwargs.get("past_key_values"), source)
-            n_query = _hidden(args, kwargs).shape[-2]
+            prefill, n_query = self._calls.prefill(), _hidden(args, kwargs).shape[-2]
             if prefill is not None:
                 layout, positions = prefill.prompt.layout, prefill.positions(layer_idx)
             else:
+                layer = layer_of(kwargs.get("past_key_values"), source)
                 assert layer is not None, "without a cache, every pass is a prefill"
                 layout, positions = self.trace.layout, decode_positions(layer, n_query, source != layer_idx)
             watch(module.self_attn, tapped(tap, layer_idx, layout, positions, n_query))

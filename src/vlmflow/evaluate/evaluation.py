@@ -151,6 +151,7 @@ def settings_of(
         content.update(json.dumps([*question, *right]).encode())
     return {
         "model": facts.name,
+        "commit": facts.commit,
         "weights": facts.weights,
         "layers": facts.layers,
         "dtype": facts.dtype,

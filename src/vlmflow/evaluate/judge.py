@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -210,7 +211,11 @@ class _Asker:
             raise _RefusedError("malformed reply", again=True) from None
         if not isinstance(text, str):
             raise _RefusedError("reply without text", again=True)
-        return {"reply": text, "model": str(model)}
+        return {"reply": self._without_key(text), "model": self._without_key(str(model))}
+
+    def _without_key(self, text: str) -> str:
+        """What the endpoint says, which may quote the key, as it may be kept."""
+        return text.replace(self.judge._key(), "[key]")
 
     @cached_property
     def _client(self) -> Any:
@@ -265,6 +270,13 @@ def mark(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Samp
         summary |= evaluation.metric(folder)
         write_json(out / SUMMARY, summary)
         return summary
+
+
+def why_unmarked(out: Path) -> str | None:
+    """The commonest reason why answers have no marks, None where any has."""
+    verdicts = (verdicts_of(Folder(out)) or {"verdicts": {}})["verdicts"].values()
+    failures = Counter(verdict["failure"] for verdict in verdicts)
+    return failures.most_common(1)[0][0] if failures and all(verdict["marks"] is None for verdict in verdicts) else None
 
 
 def write_requests(out: Path, evaluation: Evaluation, judge: Judge, samples: Sequence[Sample]) -> int:

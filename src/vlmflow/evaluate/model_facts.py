@@ -22,6 +22,7 @@ class ModelFacts:
     dtype: str
     attention: str
     geometry: Geometry | None
+    commit: str | None = None  # of the hub
 
     @property
     def layers(self) -> int:
@@ -39,6 +40,7 @@ class ModelFacts:
             dtype=str(model.dtype).removeprefix("torch."),
             attention=model.config.get_text_config(decoder=True)._attn_implementation,
             geometry=geometry_of(vlm),
+            commit=vlm.commit,
         )
 
 

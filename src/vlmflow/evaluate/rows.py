@@ -84,7 +84,7 @@ class Row:
         if "failed" in record:
             return cls(sample, record["prompt"], failure=record["failed"])
         written = from_json(_Written, record, "a row")
-        if 0 not in written.image_tokens:
+        if written.tokens and 0 not in written.image_tokens:
             raise RecordError("a row: image_tokens must say how many entered layer 0")
         return cls(sample, **vars(written))
 

@@ -131,8 +131,8 @@ def collect(
 
     Raises:
         TaskError: what is wrong with the source, the prompt style or the answer rule.
-        RecordError: the folder holds another run, too many samples in a row have failed, or nothing is left to sum up.
-            Rows stay.
+        RecordError: the folder holds another run or answers about other images, too many samples in a row have failed,
+            or nothing is left to sum up. Rows stay.
         ValueError: settings, a pruner or a model that do not fit (see ``attach``).
     """
     if batch_size < 1:
@@ -141,6 +141,7 @@ def collect(
     with claim(out, settings) as folder:
         rows = RowFile(out / ROWS, job.row_type)
         known = {key for key, row in rows.read().items() if row.failure is None}
+        folder.keep_pictures({sample.id: sample.digest for sample in samples}, known)
         shards = missing_shards(samples, known, batch_size)
         done, start = len(known), time.time()
         progress(done, len(samples), None)

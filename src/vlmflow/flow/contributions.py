@@ -124,7 +124,7 @@ class ByLayer:
         per_token, together = (summary.image_to_instruction[name] for name in ("per_token", "together"))
         columns = [*(summary.measures[name] for name in MEASURES), summary.log_vt_vv]
         rows = [
-            [layer, *(interval.text() for interval in intervals)]
+            [layer, *map(Interval.text, intervals)]
             for layer, *intervals in zip(summary.settings["examined"], *columns, strict=True)
         ]
         return [

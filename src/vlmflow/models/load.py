@@ -97,23 +97,22 @@ def _path(name: str, revision: str | None) -> str:
     """
     if name == "pico" or Path(name).is_dir():
         if revision is not None:
-            raise ModelError(
-                f"{name!r} is no model of the hub, and has no revision {revision!r}; leave the revision out"
-            )
+            raise ModelError(f"{name!r} is no model of the hub, so it has no revision {revision!r}; leave it out")
         return str(MODEL_DIR) if name == "pico" else name
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise ModelError(
-            f"cannot load {name!r}: there is no such folder, and no model of the hub has such a name"
-        ) from None
+        raise ModelError(f"cannot load {name!r}: there is no such folder, and this is no hub id") from None
     if constants.HF_HUB_OFFLINE:
         return name
     getLogger(__name__).warning("vlmflow: asking %s for %s", constants.ENDPOINT, name)
     try:
         HfApi().model_info(name, revision=revision, timeout=ANSWER_WITHIN)
     except HfHubHTTPError as error:  # it has answered: no such model or revision, or none for this user
-        raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
+        raise ModelError(
+            f"cannot load {name!r}: there is no such folder, and {constants.ENDPOINT} says HTTP "
+            f"{error.response.status_code}; check the name and revision, or log in with `hf auth login`"
+        ) from error
     except Exception as error:  # of whichever library carries the request
         try:
             return snapshot_download(name, revision=revision, local_files_only=True)

@@ -45,6 +45,11 @@ class VLM:
     processor: Any
 
     @property
+    def commit(self) -> str | None:
+        """The hub's commit of the checkpoint, None where it came from a folder."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
     def n_layers(self) -> int:
         """Decoder layers."""
         return self.model.config.get_text_config(decoder=True).num_hidden_layers

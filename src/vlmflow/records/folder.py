@@ -1,7 +1,8 @@
 """A result folder: settings first, rows as they come, the summary last. Whatever is killed can go on.
 
 ``settings.json`` says what is evaluated, ``rows.jsonl`` has one JSON object a sample, ``summary.json`` the figure and
-all that is needed to repeat it, ``log.jsonl`` when it ran, where and how long; ``verdicts.json`` a judge's marks.
+all that is needed to repeat it, ``pictures.json`` the digest of each sample's images, ``log.jsonl`` when it ran, where
+and how long; ``verdicts.json`` a judge's marks.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ except ImportError:  # no such lock on Windows
     fcntl = None
 
 SETTINGS, ROWS, SUMMARY, LOG, VERDICTS = "settings.json", "rows.jsonl", "summary.json", "log.jsonl", "verdicts.json"
+PICTURES = "pictures.json"
 
 
 @runtime_checkable
@@ -119,6 +121,27 @@ class OpenFolder(Folder):
         with writing(self.path / LOG), (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
+    def keep_pictures(self, digests: Mapping[str, str], done: Collection[str]) -> None:
+        """Note the digests of the images, by sample id, that the rows to come are about.
+
+        What was mended since it failed is noted anew; of what is ``done`` a folder that knows no digests says nothing.
+
+        Raises:
+            RecordError: images of a sample that is done have been exchanged.
+        """
+        path = self.path / PICTURES
+        before = read_json(path) if path.is_file() else {}
+        changed = [key for key, digest in digests.items() if key in done and before.get(key, digest) != digest]
+        if changed:
+            raise RecordError(
+                f"{self.path} holds answers about other images than those of {len(changed)} samples now "
+                f"({changed[0]}{', ...' if changed[1:] else ''}); put the images back, or take another folder"
+            )
+        kept = {key: before.get(key) if key in done else digest for key, digest in digests.items()}
+        kept = {key: digest for key, digest in kept.items() if digest is not None}
+        if kept != before:
+            write_json(path, kept)
+
 
 @contextmanager
 def claim(path: Path, settings: Mapping[str, Any]) -> Iterator[OpenFolder]:
@@ -164,13 +187,14 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Which settings differ, and how, one text each.
 
-    A prompt style's name does not count where the samples' digest, which holds the prompts themselves, is the same.
+    A setting that only one of them has is none: an older version did not write it. A prompt style's name does not count
+    where the samples' digest, which holds the prompts themselves, is the same.
     """
     was, now = dict(_flat(old)), dict(_flat(new))
     if "samples.sha256" in was and was["samples.sha256"] == now.get("samples.sha256"):
         now["prompt"] = was.get("prompt")
-    names = [name for name in {**was, **now} if not _same(was.get(name), now.get(name))]
-    return [f"{name} was {json.dumps(was.get(name))}, is {json.dumps(now.get(name))}" for name in names]
+    names = [name for name in was if name in now and not _same(was[name], now[name])]
+    return [f"{name} was {json.dumps(was[name])}, is {json.dumps(now[name])}" for name in names]
 
 
 def _same(old: object, new: object) -> bool:

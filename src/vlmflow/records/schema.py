@@ -101,6 +101,7 @@ class RunRecord:
     versions: Versions
     runs: dict[str, MethodRun]
     seen: SeenImages | None = None
+    commit: str | None = None  # the hub's, of the model
     format: int = FORMAT
 
 
@@ -133,6 +134,7 @@ class FlowRecord:
     versions: Versions
     seen: SeenImages | None = None
     maps: dict[str, list[list[float]]] = field(default_factory=dict)
+    commit: str | None = None  # the hub's, of the model
     format: int = FORMAT
 
 
@@ -198,6 +200,7 @@ class BenchRecord:
     machine: dict[str, Any]
     versions: Versions
     points: list[BenchPoint]
+    commit: str | None = None  # the hub's, of the model
     format: int = FORMAT
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +24,7 @@ class Picture:
     """An image that is opened when it is needed; its name tells it from others (two questions may share one)."""
 
     name: str
-    content: Path | bytes | Callable[[], Image.Image] = field(repr=False, compare=False)
+    content: Path | bytes | Callable[[], Image.Image | Path | bytes] = field(repr=False, compare=False)
 
     def open(self) -> Image.Image:
         """The image as ``open_image`` reads it.
@@ -30,9 +32,21 @@ class Picture:
         Raises:
             ImageError: the file is missing, or no image that can be read.
         """
-        if callable(self.content):
-            return as_rgb(self.content(), self.name)
-        return open_image(self.content, self.name)
+        held = self._held()
+        return as_rgb(held, self.name) if isinstance(held, Image.Image) else open_image(held, self.name)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha-256 of its file, or of its pixels where it has none; empty where it cannot be read."""
+        try:
+            held = self._held()
+            content = held.tobytes() if isinstance(held, Image.Image) else held
+            return hashlib.sha256(content.read_bytes() if isinstance(content, Path) else content).hexdigest()
+        except Exception:  # whoever opens it will be told
+            return ""
+
+    def _held(self) -> Image.Image | Path | bytes:
+        return self.content() if callable(self.content) else self.content
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,11 @@ class Sample:
     context: str = ""
     group: str = ""
     origin: str = field(default="", compare=False)
+
+    @property
+    def digest(self) -> str:
+        """The sha-256 of its images' digests, in order."""
+        return hashlib.sha256("".join(picture.digest for picture in self.images).encode()).hexdigest()
 
     @property
     def letters(self) -> str:

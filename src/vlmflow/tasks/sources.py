@@ -12,8 +12,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image
-
 from vlmflow.core.errors import typed_line
 from vlmflow.records.files import parse_json, read_text
 from vlmflow.tasks.sample import LETTERS, Picture, Sample, TaskError
@@ -279,9 +277,9 @@ def _load(load_dataset: Callable[..., Any], hub: Hub, revision: str | None) -> A
         return load(hub.former)
 
 
-def _hub_image(images: Any, number: int) -> Image.Image:
+def _hub_image(images: Any, number: int) -> Path | bytes:
     held = images[number]["image"]
-    return Picture(f"row {number}", Path(held["path"]) if held["bytes"] is None else held["bytes"]).open()
+    return Path(held["path"]) if held["bytes"] is None else held["bytes"]
 
 
 def _from_base64(text: str, origin: str) -> bytes:
