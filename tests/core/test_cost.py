@@ -136,15 +136,23 @@ def test_exact_flops_of_sparse_and_dense_layers_equal_flop_counter() -> None:
     assert counted.flops == cost.prefill_flops(geometry, (0,) * 5, 11, logits=0)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "ministral3", "qwen3_moe", "gpt_oss"])
 def test_exact_flops_of_other_decoders_equal_flop_counter(family: str) -> None:
     widths = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 50}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
-    config = hf.AutoConfig.for_model(family, **widths, **heads)
-    model = hf.AutoModelForCausalLM.from_config(config).to(DEVICE)  # gemma2 knows eager only
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 2}
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 24}
+    experts = experts if family in ("qwen3_moe", "gpt_oss") else {}
+    config = hf.AutoConfig.for_model(family, **widths, **heads, **experts)
+    model = hf.AutoModelForCausalLM.from_config(config).to(DEVICE)  # gemma2 and gpt_oss know eager only
+    if experts:
+        model.set_experts_implementation("eager")
+    geometry = Geometry.from_config(config)
     with counting() as counted:
-        model(torch.arange(3, 14, device=DEVICE)[None])
-    assert counted.flops == cost.prefill_flops(Geometry.from_config(config), (0,) * 4, 11, logits=11)
+        cache = model(torch.arange(3, 14, device=DEVICE)[None], use_cache=True).past_key_values
+    assert counted.flops == cost.prefill_flops(geometry, (0,) * 4, 11, logits=11)
+    with counting() as counted:
+        model(torch.tensor([[7]], device=DEVICE), past_key_values=cache)
+    assert counted.flops == cost.decode_flops(geometry, (0,) * 4, 11)
 
 
 def test_score_flops_equal_flop_counter() -> None:

@@ -16,6 +16,7 @@ from vlmflow.core.widths import (
     dense_decoder,
     gemma3_tower,
     glm4v_tower,
+    gpt_oss_decoder,
     idefics3_tower,
     internvl_tower,
     lfm2_decoder,
@@ -32,7 +33,7 @@ from vlmflow.core.widths import (
     routed_decoder,
 )
 
-TEXTS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # decoders that any family may carry
+TEXTS = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # that any may carry
 IMAGE_TOKEN_IDS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")  # as configs name them
 
 
@@ -135,6 +136,7 @@ FAMILIES = {
 PRICED = {name: family for name, family in FAMILIES.items() if family.tower is not None}  # tested as whole checkpoints
 UNLISTED = Family("", "")  # what is tried with any other model
 DECODERS = {text: family.decoder for family in PRICED.values() for text in family.texts}
+DECODERS |= {"qwen3_moe": routed_decoder, "gpt_oss": gpt_oss_decoder}  # which InternVL 3.5 carries too
 
 
 def family_of(config: Any) -> Family:

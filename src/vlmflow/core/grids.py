@@ -13,17 +13,20 @@ Grids = list[tuple[int, int]]  # rows and columns of each image's tokens
 
 def by_patch_grid(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
     """Of each image its own, as ``image_grid_thw`` says in patches, of which the tower merges squares."""
-    if "image_grid_thw" not in inputs:
+    side = _vision(config).optional("spatial_merge_size")
+    if "image_grid_thw" not in inputs or side is None:
         return None
-    side = config.vision_config.spatial_merge_size
     return [(int(t * h) // side, int(w) // side) for t, h, w in inputs["image_grid_thw"]]
 
 
 def by_size(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:
     """Of each image its own, as a Pixtral tower sees it: ``image_sizes`` says in pixels."""
-    if "image_sizes" not in inputs or not _is_untiled(inputs, n_pictures) or inputs["pixel_values"].dim() != 4:
+    patch = _vision(config).optional("patch_size")
+    if "image_sizes" not in inputs or patch is None or not _is_untiled(inputs, n_pictures):
         return None
-    side = config.vision_config.patch_size * (config.optional("spatial_merge_size") or 1)
+    if inputs["pixel_values"].dim() != 4:
+        return None
+    side = patch * (config.optional("spatial_merge_size") or 1)
     return [(int(height) // side, int(width) // side) for height, width in inputs["image_sizes"]]
 
 
@@ -44,6 +47,10 @@ def as_squares(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictur
 
 
 READERS = (by_patch_grid, by_size, by_shape, as_squares)  # the first that fits an encoded prompt is right
+
+
+def _vision(config: Config) -> Config:
+    return Config(config.optional("vision_config"))
 
 
 def _is_untiled(inputs: Mapping[str, Any], n_pictures: int) -> bool:

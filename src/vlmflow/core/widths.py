@@ -80,6 +80,16 @@ def routed_decoder(text: Config) -> Geometry:
     )
 
 
+def gpt_oss_decoder(text: Config) -> Geometry:
+    """gpt-oss's: every layer routes each token to a few of many gated MLPs."""
+    return replace(
+        dense_decoder(text),
+        experts=text.num_local_experts,
+        experts_per_token=text.num_experts_per_tok,
+        expert_intermediate=text.intermediate_size,
+    )
+
+
 def qwen3_5_decoder(text: Config) -> Geometry:
     """Gated attention in some layers, the gated delta rule in the others."""
     return _gated_decoder(text, text.intermediate_size)
