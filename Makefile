@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
 LAWS := tests/engine tests/families tests/models/test_checkpoints.py
 
-.PHONY: demo test lint types tests compat lmms bench results pages gpu pico clean
+.PHONY: demo test lint types tests fuzz compat lmms bench results pages gpu pico clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded model
 	$(BIN)/vlmflow demo
@@ -21,6 +21,9 @@ types: $(VENV)/.installed
 
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+fuzz: $(VENV)/.installed  ## seeded cases of bad input: each works or is refused in a line, at once, with no half-written file
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.fuzz --cases 500
 
 compat: $(COMPAT:%=compat-%)  ## the engine's laws and whole checkpoints on the oldest, a middle and the newest transformers
 

@@ -169,6 +169,7 @@ def test_bench_of_a_model_and_of_a_geometry(tmp_path):
     [
         (["--protocol", "fast"], "unknown protocol 'fast'; choose from deployed, paper"),
         (["--batch-size", "0"], "--batch-size wants whole numbers above 0"),
+        (["--new-tokens", "4000000000"], "below a million"),
         (["--pruners", "himapp"], "unknown pruner 'himapp'"),
         (["--geometry", "gpt-9"], "wanted one of llava-1.5-7b"),
         (["--task", "nope"], "unknown task 'nope'"),

@@ -191,8 +191,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
         ValueError: something else.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"{option} wants whole numbers above 0 with commas between, such as 1,8, got {text!r}")
+    if not all(part.isdecimal() and len(part) < 7 and int(part) for part in parts):
+        raise ValueError(
+            f"{option} wants whole numbers above 0 and below a million, with commas between, such as 1,8, "
+            f"got {text!r:.80}"
+        )
     return [int(part) for part in parts]
 
 
