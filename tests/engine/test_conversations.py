@@ -17,6 +17,10 @@ TURNS = {  # of two conversations, ragged in every turn
     "image, image": [([4, "image", 6], [2, "image", "image", 3]), ([3, "image", 7], [1, "image", 4])],
     "text, image": [([9], [5]), ([3, "image", 7], [1, "image", "image", 4])],
     "image, text, image": [([4, "image", 6], [7, "image", 3]), ([5], [2]), ([2, "image", 5], [3, "image", 9])],
+    "one image or two in as many tokens, image": [
+        ([10, "image", 27], [5, "image", "image", 7]),
+        ([3, "image", 7], [4, "image", 6]),
+    ],
     "image, image or text": [([4, "image", 6], [7, "image", 3]), ([3, "image", 5], [6])],
 }
 STEPS = 3

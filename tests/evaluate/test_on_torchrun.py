@@ -55,7 +55,7 @@ def test_two_processes_write_what_one_does(tmp_path):
 
 def test_each_process_runs_the_file_of_a_method(tmp_path):
     (tmp_path / "norm.py").write_text(NORM)
-    command = [*EVAL, "--pruner", f"{tmp_path / 'norm.py'}:Norm", "--limit", "6"]
+    command = [*EVAL, "--pruner", f"{tmp_path / 'norm.py'}:Norm"]
     together = launch(*command, "--out", tmp_path / "together")
     assert "norm k=2, ratio=0.5 (norm.py, sha256" in " ".join(together.communicate()[0].split())
     assert together.returncode == 0

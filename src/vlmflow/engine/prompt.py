@@ -79,8 +79,9 @@ class Inputs:
         if place is not None and place.dim() == 2 and place.shape[1] == length:
             restarts = pad(place[:, 1:] < place[:, :-1], (1, 0)).to(padding.device)
             packed = restarts & ~padding & ~padding.roll(1, 1)
-        is_ragged = self.kwargs.get("cu_seq_lens_q") is not None
-        return Prompt(layout, packed, _after_prompt(layout, self.kwargs), self.ids, past, self.generation, is_ragged)
+        if self.kwargs.get("cu_seq_lens_q") is not None:  # the lengths of packed texts
+            packed = ~padding
+        return Prompt(layout, packed, _after_prompt(layout, self.kwargs), self.ids, past, self.generation)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ class Prompt:
     ids: Int[Tensor, "batch length"] | None
     past: int  # logical positions in the cache before
     generation: Generation | None
-    is_ragged: bool  # whether the lengths of packed texts were given
 
     def selection(self, will_drop: bool) -> Selection:
         """All of it, with counts: they are read from the device here, once for the whole prefill.
@@ -111,8 +111,7 @@ class Prompt:
             flags.append(layout.padding & (place == len(place) - 1))
         tokens, image_tokens, question_tokens, *odd = map(tuple, torch.stack(flags).sum(2).tolist())
         if will_drop and any(image_tokens):
-            is_packed = self.packed is not None and any(odd[0])
-            self._refuse(is_packed or self.is_ragged, self.generation is not None and any(odd[-1]))
+            self._refuse(self.packed is not None and any(odd[0]), self.generation is not None and any(odd[-1]))
         return Selection(place.expand_as(image), valid, image, question, tokens, image_tokens, question_tokens)
 
     def _refuse(self, is_packed: bool, is_right_padded: bool) -> None:
