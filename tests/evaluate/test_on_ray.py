@@ -1,5 +1,6 @@
 """Evaluations by Ray's workers: whoever is killed, the files end as one process writes them."""
 
+import functools
 import math
 import multiprocessing
 import os
@@ -144,6 +145,7 @@ def test_workers_do_a_study(tmp_path):
 )
 def test_pools_that_cannot_be(args, says, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", functools.cache(set))  # none of other tests
     with pytest.raises(RecordError, match=says), connected(PICO, **args):
         pass
 
