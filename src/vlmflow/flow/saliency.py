@@ -198,8 +198,8 @@ def saliency(
     return Saliency(form, layout, loss.detach(), flow, collector.maps)
 
 
-def answers_of(target: Answer, inputs: Mapping[str, Any], vocabulary: int) -> list[tuple[int, ...]]:
-    """One sequence of token ids for each sample.
+def answers_of(target: Any, inputs: Mapping[str, Any], vocabulary: int) -> list[tuple[int, ...]]:
+    """One sequence of token ids for each sample, of what should be an ``Answer``.
 
     Raises:
         ValueError: text, not one answer for each sample, one without a token, or an id outside the vocabulary.
