@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +36,7 @@ EASY_VQA_WORDS = (
 SPACE = "▁"
 
 
+@cache
 def _corpus() -> list[str]:
     """Every word of the world, at the start of a text and after a space, often enough to become one token."""
     rng = random.Random(0)

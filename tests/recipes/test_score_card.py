@@ -10,6 +10,12 @@ from vlmflow.pico.questions import KINDS
 from vlmflow.tasks import TASKS
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Of the 400 scenes that each set draws."""
+    monkeypatch.setattr("vlmflow.tasks.pico.SCENES", 20)
+
+
 def test_the_sets_ask_every_kind_and_blank_the_picture():
     asked = {one.title: [s for task in one.tasks for s in one.samples(task, 3)] for one in score_card.SETS}
     scenes, blanked = asked["held-out scenes"], asked["held-out questions, blank picture"]
