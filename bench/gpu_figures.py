@@ -49,7 +49,7 @@ def prefill(dry: bool, name: str) -> dict[str, Any]:
         for images, batch in (PREFILLS[:1] if dry else PREFILLS)
     ]
     work = []
-    for images in (576, 2880):
+    for images in (576,) if dry else (576, 2880):
         inputs = random_prompt(model, images // stages.SHRINK**2 if dry else images, stages.TEXT, 1)
         counts = {
             label: stages.attempt(lambda p=pruner, i=inputs: asked_of_device(model, i, p))

@@ -123,7 +123,7 @@ def bfloat16_laws(dry: bool) -> dict[str, Any]:
     left_out = {name: reason for name, reason in kernels.items() if reason}
     checks: list[dict[str, Any]] = []
     usable = [name for name in kernels if name not in left_out]
-    for family, kernel in product(FAMILIES[:2] if dry else FAMILIES, usable):
+    for family, kernel in zip(FAMILIES, usable, strict=False) if dry else product(FAMILIES, usable):
         checks += checks_of(laws_of, family, kernel, device, torch.bfloat16)
     checks += checks_of(company, "llava", "sdpa", device, torch.float32)
     record = {"geometry": "tiny models", "machine": machine(device), "dtype": "bfloat16", "checks": checks}

@@ -27,14 +27,26 @@ from vlmflow.tasks import TASKS
 
 ray = pytest.importorskip("ray")
 PICO = Loading.named("pico", "cpu", "auto")
-ASKED = Evaluation(TASKS["pico"], *for_task("himap", {}, "qa", 10), limit=16, max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def norm(tmp_path_factory) -> str:
+    """A class that a file holds, so that it cannot be imported by name where the workers are."""
+    file = tmp_path_factory.mktemp("method") / "norm.py"
+    file.write_text(NORM)
+    return f"{file}:Norm"
+
+
+@pytest.fixture(scope="module")
+def asked(norm) -> Evaluation:
+    return Evaluation(TASKS["pico"], *for_task(norm, {}, "qa", 10), limit=16, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def alone(asked, tmp_path_factory) -> Path:
     """What one process makes of it."""
     out = tmp_path_factory.mktemp("alone")
-    run(load("pico", device="cpu"), ASKED, out, batch_size=2)
+    run(load("pico", device="cpu"), asked, out, batch_size=2)
     return out
 
 
@@ -42,9 +54,9 @@ def files(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "summary.json").read_bytes(), (folder / "rows.jsonl").read_bytes()
 
 
-def test_a_killed_worker_loses_nothing(alone, tmp_path):
-    marker, samples = tmp_path / "killed", ASKED.samples()
-    rule = ASKED.task.rules["text"]
+def test_a_killed_worker_loses_nothing(asked, alone, tmp_path):
+    marker, samples = tmp_path / "killed", asked.samples()
+    rule = asked.task.rules["text"]
 
     def deadly(text, sample):
         if sample.id == samples[7].id and not marker.exists():
@@ -52,7 +64,7 @@ def test_a_killed_worker_loses_nothing(alone, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return rule(text, sample)
 
-    doomed = replace(ASKED, task=replace(ASKED.task, rules={"text": deadly}))
+    doomed = replace(asked, task=replace(asked.task, rules={"text": deadly}))
     how = {"batch_size": 2, "samples": samples, "progress": lambda *_: None}
     with connected(PICO, workers=2) as pool:
         collect(pool, doomed, tmp_path / "out", **how)
@@ -63,10 +75,10 @@ def test_a_killed_worker_loses_nothing(alone, tmp_path):
         assert began == [16]
         vars(pool)["facts"] = replace(pool.facts, weights="other")
         with pytest.raises(RecordError, match=r'^Ray: RecordError: on .* would be others: weights was "other"'):
-            collect(pool, ASKED, tmp_path / "other", **how)
+            collect(pool, asked, tmp_path / "other", **how)
 
 
-def drive(out: Path, answered: Path) -> None:
+def drive(pruner: str, out: Path, answered: Path) -> None:
     """The command, with workers that take two seconds a batch and note which of them has answered a sample."""
     score = TASKS["pico"].score
 
@@ -77,14 +89,14 @@ def drive(out: Path, answered: Path) -> None:
 
     TASKS["pico"] = replace(TASKS["pico"], score=noted)
     args = ["--task", "pico", "--limit", "16", "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
-    app(["eval", *args, "--engine", "ray", "--workers", "2", "--out", str(out)])
+    app(["eval", *args, "--pruner", pruner, "--engine", "ray", "--workers", "2", "--out", str(out)])
 
 
-def test_a_killed_driver_goes_on(alone, tmp_path):
+def test_a_killed_driver_goes_on(norm, asked, alone, tmp_path):
     """Of what a worker has finished at most the last batch is lost: by the time of the next one it is on disk."""
     out, answered = tmp_path / "out", tmp_path / "answered"
     answered.mkdir()
-    driver = multiprocessing.get_context("spawn").Process(target=drive, args=(out, answered), daemon=True)
+    driver = multiprocessing.get_context("spawn").Process(target=drive, args=(norm, out, answered), daemon=True)
     driver.start()
     while driver.is_alive() and len(list(answered.iterdir())) < 11:
         time.sleep(0.01)
@@ -93,7 +105,7 @@ def test_a_killed_driver_goes_on(alone, tmp_path):
     driver.join()
     assert driver.exitcode == -signal.SIGKILL
     assert not (out / "summary.json").exists()
-    ids = [sample.id for sample in ASKED.samples()]
+    ids = [sample.id for sample in asked.samples()]
     kept = rows_of(Folder(out)).read().keys()
     batches = [
         (first, second) for first, second in zip(ids[::2], ids[1::2], strict=True) if {first, second} <= by.keys()
@@ -102,20 +114,9 @@ def test_a_killed_driver_goes_on(alone, tmp_path):
     lost = [by[first] for first, _ in batches if first not in kept]
     assert len(lost) == len(set(lost)) <= 2
     began = []
-    run(load("pico"), ASKED, out, batch_size=2, progress=lambda done, *_: began.append(done))
+    run(load("pico"), asked, out, batch_size=2, progress=lambda done, *_: began.append(done))
     assert began[0] == len(kept) < 16
     assert files(out) == files(alone)
-
-
-def test_workers_run_the_file_of_a_method(tmp_path):
-    """A class that a file holds cannot be imported by name where the workers are."""
-    (tmp_path / "norm.py").write_text(NORM)
-    args = ["eval", "--task", "pico", "--limit", "4", "--batch-size", "2", "--max-new-tokens", "4", "--device", "cpu"]
-    for engine in (["ray", "--workers", "1"], ["local"]):
-        pruner = ["--pruner", f"{tmp_path / 'norm.py'}:Norm", "--set", "ratio=0.75"]
-        made = CliRunner().invoke(app, [*args, *pruner, "--engine", *engine, "--out", str(tmp_path / engine[0])])
-        assert made.exit_code == 0, made.output
-    assert files(tmp_path / "ray") == files(tmp_path / "local")
 
 
 def test_workers_do_a_study(tmp_path):

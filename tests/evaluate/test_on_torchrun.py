@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from commands import NORM
+from commands import NORM, vlmflow
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import run
@@ -29,9 +29,13 @@ def launch(*args) -> subprocess.Popen:
 
 
 def test_two_processes_write_what_one_does(tmp_path):
+    """Of a method in a file, which each of them reads."""
+    (tmp_path / "norm.py").write_text(NORM)
+    method = f"{tmp_path / 'norm.py'}:Norm"
     out = tmp_path / "out"
+    command = [*EVAL, "--pruner", method, "--out", out]
     rows = out / "rows.jsonl"
-    first = launch(*EVAL, "--out", out)
+    first = launch(*command)
     while first.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 2):
         time.sleep(0.01)
     first.terminate()
@@ -39,35 +43,25 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert first.returncode != 0
     assert not (out / "summary.json").exists()
     held = rows.read_bytes().count(b"\n")
-    second = launch(*EVAL, "--out", out)
+    second = launch(*command)
     said, notes = second.communicate()
     assert second.returncode == 0, notes
     assert said.count("accuracy") == 1
-    asked = Evaluation(TASKS["pico"], *for_task("himap", {}, "qa", 10), limit=17, max_new_tokens=4)
+    assert "norm k=2, ratio=0.5 (norm.py, sha256" in " ".join(said.split())
+    asked = Evaluation(TASKS["pico"], *for_task(method, {}, "qa", 10), limit=17, max_new_tokens=4)
     run(load("pico", device="cpu"), asked, tmp_path / "alone", batch_size=2)
     assert 2 <= held < 17
     assert files(out) == files(tmp_path / "alone")
-    finished = launch(*EVAL, "--out", out)
+    finished = launch(*command)
     assert "accuracy" in finished.communicate()[0]
     assert finished.returncode == 0
     assert files(out) == files(tmp_path / "alone")
 
 
-def test_each_process_runs_the_file_of_a_method(tmp_path):
-    (tmp_path / "norm.py").write_text(NORM)
-    command = [*EVAL, "--pruner", f"{tmp_path / 'norm.py'}:Norm"]
-    together = launch(*command, "--out", tmp_path / "together")
-    assert "norm k=2, ratio=0.5 (norm.py, sha256" in " ".join(together.communicate()[0].split())
-    assert together.returncode == 0
-    alone = subprocess.run([sys.executable, "-m", "vlmflow", *command, "--out", str(tmp_path / "alone")])
-    assert alone.returncode == 0
-    assert files(tmp_path / "together") == files(tmp_path / "alone")
-
-
 def test_a_study_is_gone_on_with_together(tmp_path):
     command = ["flow", "knockout", "--windows", "5", "--task", "pico", "--limit", "6", "--batch-size", "2"]
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert subprocess.run([sys.executable, "-m", "vlmflow", *command, "--out", str(alone)]).returncode == 0
+    assert vlmflow(*command, "--out", alone).returncode == 0
     shutil.copytree(alone, together)
     (together / "summary.json").unlink()
     (together / "rows.jsonl").write_bytes(b"".join((alone / "rows.jsonl").read_bytes().splitlines(True)[:1]))
