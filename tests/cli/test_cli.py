@@ -74,7 +74,9 @@ def test_samples_are_copied_for_evaluations_and_studies_to_read(tmp_path):
     ]
     questions = ["--limit", "20", "--pruner", "none", "--json", "--out"]
     run = vlmflow("eval", "--task", "jsonl", "--source", folder / "questions.jsonl", *questions, tmp_path / "eval")
-    assert json.loads(run.stdout.strip().split("\n")[-1])["metric"]["value"] > 0.7
+    metric = json.loads(run.stdout.strip().split("\n")[-1])["metric"]
+    assert metric["value"] > 0.7
+    assert f"{metric['images']} images, too few to trust intervals" in run.stdout
 
 
 def test_samples_overwrite_nothing(tmp_path):

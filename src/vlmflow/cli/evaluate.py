@@ -29,6 +29,7 @@ from vlmflow.cli.options import (
 )
 from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
 from vlmflow.cli.progress import bars, do_job, show, stoppable
+from vlmflow.core.statistics import too_few
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.judge import mark, why_unmarked, write_requests
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
@@ -131,7 +132,7 @@ def sweep(
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.sweep import plan
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
-    from vlmflow.evaluate.tables import budget_grid
+    from vlmflow.evaluate.tables import budget_grid, cautions
 
     with refusals(), stoppable():
         vlm = loading.load(model)
@@ -141,9 +142,8 @@ def sweep(
             follow = partial(show, progress)
             lines = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
         print_table(budget_grid(lines, chosen.title, wide=False))
-        for line in lines:
-            if line.note:
-                remark(line.note)
+        for note in [line.note for line in lines if line.note] + cautions(lines):
+            remark(note)
         written = ["sweep.md", "sweep.csv", "sweep.json"]
         if _draw(lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
             written.append("pareto.png")
@@ -208,6 +208,7 @@ def _print_summary(summary: dict[str, Any], task: Task) -> None:
         if metric["value"] is not None:
             value = "{:.2f} [{:.2f}, {:.2f}]".format(metric["value"], *metric["interval"])
         table.add_row(metric["figure"], value)
+        table.add_row("over", too_few(metric["images"]) or f"{metric['images']} images")
     table.add_row("answered", f"{counts['answered']} of {counts['asked']}, {counts['failed']} failed")
     if metric:
         table.add_row("unparsed", f"{metric['unparsed']}, counted as wrong")

@@ -10,7 +10,7 @@ from typing import Any
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import Progress, run
-from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line_of, table_of
+from vlmflow.evaluate.tables import COSTS, Result, budget_grid, cautions, group_grid, line_of, table_of
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Task, Unpruned, find_pruners
 from vlmflow.pruners.outside import code_of
@@ -116,7 +116,7 @@ def _markdown(lines: Sequence[Line], grids: Iterable[Table], settings: dict[str,
         f"{settings['samples']['count']} samples, prompt style {settings['prompt']}, answer rule {settings['rule']}, "
         f"greedy, at most {settings['max_new_tokens']} new tokens; {built_with}."
     )
-    refusals = "".join(f"- {line.note}\n" for line in lines if line.note)
+    notes = "".join(f"- {note}\n" for note in [line.note for line in lines if line.note] + cautions(lines))
     by_budget, *by_group = (grid.markdown() for grid in grids)
-    parts = [by_budget, refusals, *by_group, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
+    parts = [by_budget, notes, *by_group, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

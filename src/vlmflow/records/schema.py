@@ -209,7 +209,7 @@ class Line:
     """One run as a line of a long table; None where there is nothing to say.
 
     Costs are means over samples, shares and FLOPs those of the prefill by both conventions; ``difference`` is the
-    figure minus the unpruned run's.
+    figure minus the unpruned run's, and ``images`` those that the figure's interval is over.
     """
 
     model: str
@@ -238,6 +238,7 @@ class Line:
     unparsed: int = 0
     excluded: int = 0
     note: str = ""
+    images: int | None = None
 
 
 @dataclass(frozen=True)
