@@ -101,6 +101,10 @@ class Study:
                 )
         return samples
 
+    def check(self, n_layers: int) -> None:
+        """A ``ValueError`` where the experiment's settings do not fit."""
+        self.experiment.settings(n_layers)
+
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that the numbers depend on; two runs with the same settings give the same summary.
 

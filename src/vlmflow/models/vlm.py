@@ -57,8 +57,7 @@ class VLM:
     @property
     def attends(self) -> tuple[bool, ...]:
         """Of each decoder layer, whether it attends; the others are recurrent."""
-        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or [""] * self.n_layers
-        return tuple(kind not in RECURRENT for kind in kinds)
+        return attending_layers(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +139,13 @@ class VLM:
     def _end_ids(self) -> list[int]:
         ends, padding = self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id
         return [token for token in [*(ends if isinstance(ends, list) else [ends]), padding] if token is not None]
+
+
+def attending_layers(config: Any) -> tuple[bool, ...]:
+    """Of each decoder layer that a model's config names, whether it attends; the others are recurrent."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return tuple(kind not in RECURRENT for kind in kinds)
 
 
 class FiniteLogits(LogitsProcessor):
