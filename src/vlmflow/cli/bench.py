@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,7 @@ from vlmflow.cli.options import (
     refuse_without,
     task_named,
 )
-from vlmflow.cli.output import console, err_console, plain_table, refusals
+from vlmflow.cli.output import console, err_console, json_last, plain_table, refusals
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
@@ -56,7 +55,7 @@ class SubjectOptions:
         str | None,
         typer.Option(help=f"Instead of a model: random weights at the widths of one of {', '.join(GEOMETRIES)}."),
     ] = None
-    layers: Annotated[int | None, typer.Option(min=3, help="Of the geometry, another number of layers.")] = None
+    layers: Annotated[int | None, typer.Option(min=3, max=1000, help="Another number of layers.")] = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,13 @@ def bench(
         attn = "sdpa" if protocol == "deployed" else "eager"
         if subject.geometry is None:
             refuse_without("--geometry", {"--layers": subject.layers})
+            depth = len(loading.attends(subject.model))
+        else:
+            depth = subject.layers or geometry_named(subject.geometry).layers
+        methods = {method.name: method.scaled(depth) for method in chosen}
+        for method in methods.values():
+            method.checked_stages(depth, 0)
+        if subject.geometry is None:
             questions = first_questions(prompts.task, prompts.source, max(batches))
             vlm = loading.load(subject.model, attn)
             model, inputs = vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
@@ -116,10 +122,6 @@ def bench(
             model = random_weights(subject.geometry, subject.layers, images, loading, attn)
             sizes = product(images, batches)
             inputs = [random_prompt(model, length, prompts.text_tokens, batch) for length, batch in sizes]
-        depth = model.config.get_text_config(decoder=True).num_hidden_layers
-        methods = {method.name: method.scaled(depth) for method in chosen}
-        for method in methods.values():
-            method.checked_stages(depth, 0)
     requests = [Request(prompt, length, protocol) for prompt, length in product(inputs, lengths)]
     name = subject.geometry or subject.model
     console.print(f"{name}{SHARED if subject.geometry else ''}; protocol {protocol}: {PROTOCOLS[protocol]}.")
@@ -142,14 +144,10 @@ def bench(
         points=points,
         commit=getattr(model.config, "_commit_hash", None),
     )
-    record = to_json(measured)
-    try:
+    with refusals(), json_last(to_json(measured)):
         if save is not None:
-            with refusals():
-                write_json(save, record)
+            write_json(save, to_json(measured))
             typer.echo(f"wrote {save}")
-    finally:
-        typer.echo(json.dumps(record))  # what took long to measure is not lost with a place that is full
 
 
 def first_questions(task: str, source: Path | None, count: int) -> list[Question]:

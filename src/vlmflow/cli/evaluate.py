@@ -27,7 +27,7 @@ from vlmflow.cli.options import (
     task_named,
     under_torchrun,
 )
-from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
+from vlmflow.cli.output import console, json_last, plain_table, print_table, refusals, remark
 from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.core.statistics import too_few
 from vlmflow.evaluate.budgets import for_task
@@ -132,24 +132,24 @@ def sweep(
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.sweep import plan
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
-    from vlmflow.evaluate.tables import budget_grid, cautions
+    from vlmflow.evaluate.tables import budget_grid, notes_on
 
     with refusals(), stoppable():
+        attends = loading.attends(model)
+        cells = plan(methods, shares, len(attends), chosen.preset, attends)
         vlm = loading.load(model)
-        cells = plan(methods, shares, vlm.n_layers, chosen.preset, vlm.attends)
         evaluation, size = run.evaluation(chosen, where, Unpruned(), ""), run.batch_size
         with bars() as progress:
             follow = partial(show, progress)
-            lines = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
-        print_table(budget_grid(lines, chosen.title, wide=False))
-        for note in [line.note for line in lines if line.note] + cautions(lines):
-            remark(note)
-        written = ["sweep.md", "sweep.csv", "sweep.json"]
-        if _draw(lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
+            swept = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
+    print_table(budget_grid(swept.lines, chosen.title, wide=False))
+    for note in notes_on(swept.lines):
+        remark(note)
+    with refusals(), json_last(swept.record if json_ else None):
+        written = swept.write(out_dir)
+        if _draw(swept.lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
             written.append("pareto.png")
-    typer.echo(f"wrote {', '.join(written)} to {out_dir}")
-    if json_:
-        typer.echo(json.dumps(json.loads((out_dir / "sweep.json").read_text(encoding="utf-8"))))
+        typer.echo(f"wrote {', '.join(written)} to {out_dir}")
 
 
 def report(
@@ -177,14 +177,12 @@ def report(
         print_table(grid)
     for note in made.notes:
         console.print(note, highlight=False, markup=False)
-    if out_dir is not None:
-        with refusals():
+    with refusals(), json_last(record if json_ else None):
+        if out_dir is not None:
             write_text(out_dir / "report.md", made.markdown())
             write_text(out_dir / "report.csv", table_of(made.lines).csv())
             write_json(out_dir / "report.json", record)
-        typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
-    if json_:
-        typer.echo(json.dumps(record))
+            typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
 
 
 # -- what they print

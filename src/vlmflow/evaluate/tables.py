@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,11 @@ def line_of(result: Result, baseline: Result | None = None, budget: float | None
     )
 
 
-def cautions(lines: Sequence[Line]) -> list[str]:
-    """What must be said of the lines' intervals, once a task."""
-    few = {f"{line.task}: {too_few(line.images)}": None for line in lines if line.images and too_few(line.images)}
-    return list(few)
+def notes_on(lines: Sequence[Line]) -> list[str]:
+    """The lines' notes, and what must be said of their intervals, each once."""
+    notes = [line.note for line in lines if line.note]
+    notes += [f"{line.task}: {too_few(line.images)}" for line in lines if line.images and too_few(line.images)]
+    return list(dict.fromkeys(notes))
 
 
 def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
@@ -273,8 +274,7 @@ def report(results: Sequence[Result]) -> Report:
     losses = {"failed": "samples failed", "unparsed": "answers unparsed", "excluded": "answers unmarked"}
     for count, what in losses.items():
         notes += [f"{row.folder}: {getattr(row, count)} {what}" for row in lines.values() if getattr(row, count)]
-    notes += [f"{row.folder}: {row.note}" for row in lines.values() if row.note]
-    notes += cautions(list(lines.values()))
+    notes += notes_on([replace(row, note=row.note and f"{row.folder}: {row.note}") for row in lines.values()])
     return Report(tuple(grid for grid in grids if grid.rows), tuple(lines.values()), tuple(notes))
 
 
