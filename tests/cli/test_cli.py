@@ -238,11 +238,7 @@ def test_what_fails_in_the_end_has_told_its_results(args, file, shown, tmp_path)
     (tmp_path / file).mkdir()
     run = vlmflow(*args, tmp_path, "--json")
     assert run.returncode == 2
-    assert (
-        run.stderr.strip()
-        .split("\n")[-1]
-        .endswith(f"{file}: cannot be written (Is a directory); mend that, or take another place")
-    )
+    assert f"{file}: cannot be written (Is a directory); mend that, or take another place\n" in run.stderr
     assert shown in run.stdout
     assert "versions" in run.stdout.strip().split("\n")[-1]
     assert json.loads(run.stdout.strip().split("\n")[-1])

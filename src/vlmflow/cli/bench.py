@@ -106,8 +106,11 @@ def bench(
         if threads:
             torch.set_num_threads(threads)
         attn = "sdpa" if protocol == "deployed" else "eager"
+        questions: list[Question] = []
+        asked: dict[str, str] = {}
         if subject.geometry is None:
             refuse_without("--geometry", {"--layers": subject.layers})
+            questions, asked = first_questions(prompts.task, prompts.source, max(batches))
             depth = len(loading.attends(subject.model))
         else:
             depth = subject.layers or geometry_named(subject.geometry).layers
@@ -115,7 +118,6 @@ def bench(
         for method in methods.values():
             method.checked_stages(depth, 0)
         if subject.geometry is None:
-            questions = first_questions(prompts.task, prompts.source, max(batches))
             vlm = loading.load(subject.model, attn)
             model, inputs = vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
         else:
@@ -143,6 +145,7 @@ def bench(
         versions=versions(),
         points=points,
         commit=getattr(model.config, "_commit_hash", None),
+        questions=asked,
     )
     with refusals(), json_last(to_json(measured)):
         if save is not None:
@@ -150,8 +153,8 @@ def bench(
             typer.echo(f"wrote {save}")
 
 
-def first_questions(task: str, source: Path | None, count: int) -> list[Question]:
-    """A task's first questions, so many.
+def first_questions(task: str, source: Path | None, count: int) -> tuple[list[Question], dict[str, str]]:
+    """A task's first questions, so many, and where they came from.
 
     Raises:
         TaskError: no such task, or what is wrong with the source.
@@ -160,10 +163,12 @@ def first_questions(task: str, source: Path | None, count: int) -> list[Question
     from vlmflow.models import Question
 
     chosen = task_named(task)
-    samples = chosen.samples(Source(source and source.resolve()), count)
+    where = Source(source and source.resolve())
+    samples = chosen.samples(where, count)
     if len(samples) < count:
         raise ValueError(f"{task} has {len(samples)} samples, too few for --batch-size {count}")
-    return [Question(chosen.prompt(s, None), tuple(picture.open() for picture in s.images)) for s in samples]
+    questions = [Question(chosen.prompt(s, None), tuple(picture.open() for picture in s.images)) for s in samples]
+    return questions, {"task": task, **chosen.describe(where, samples)}
 
 
 def random_weights(geometry: str, layers: int | None, images: list[int], loading: LoadingOptions, attn: str) -> Any:

@@ -161,7 +161,7 @@ def settings_of(
         "dtype": facts.dtype,
         "attention": facts.attention,
         "task": task.name,
-        "source": task.describe(source),
+        "source": task.describe(source, samples),
         "samples": {"count": len(samples), "sha256": content.hexdigest()},
         "limit": limit,
         "prompt": task.style(prompt),

@@ -201,6 +201,7 @@ class BenchRecord:
     versions: Versions
     points: list[BenchPoint]
     commit: str | None = None  # the hub's, of the model
+    questions: dict[str, str] = field(default_factory=dict)  # where they came from, with the hub's commit
     format: int = FORMAT
 
 

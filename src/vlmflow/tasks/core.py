@@ -169,14 +169,15 @@ class Task:
             raise TaskError(f"{self.name}: no samples in {self.describe(source)}")
         return samples
 
-    def describe(self, source: Source | None = None) -> dict[str, str]:
-        """What a source means for this task, for records."""
+    def describe(self, source: Source | None = None, samples: Sequence[Sample] = ()) -> dict[str, str]:
+        """What a source means for this task, for records; with its samples also the commit that they are of."""
         source = source or Source()
         where: dict[str, object] = {"path": source.path, "images": source.images, "split": source.split}
         if source.path is None and self.hub:
             hub = self.hub.resolve(source)
             where = {"dataset": hub.id, "config": hub.config, "images": source.images, "split": hub.split}
-        return {name: str(value) for name, value in {**where, "revision": source.revision}.items() if value is not None}
+        where |= {"revision": source.revision, "commit": next((sample.commit for sample in samples), None)}
+        return {name: str(value) for name, value in where.items() if value is not None}
 
     def marked_by(self) -> Rubric:
         """The rubric by which a judge marks the answers, or a ``TaskError`` where none is needed."""
