@@ -289,3 +289,28 @@ def test_prompts_behind_the_last_position_are_refused(tmp_path):
     vlm.encode([Question("What?", (image,))])
     with pytest.raises(ModelError, match=r"the prompt has 1\d\d\d tokens, and the model positions for 600; ask less"):
         vlm.encode([Question("What?", (image,)), Question("What?", (image, image))])
+    rows = [{"id": str(n), "image": [str(SCENE.image)] * n, "question": "What?", "answer": "x"} for n in (1, 2)]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--model", str(folder), "--device", "cpu"]
+    eval_ = ["eval", "--task", "jsonl", "--source", data, "--max-new-tokens", "1", "--out", tmp_path / "eval"]
+    study = ["flow", "saliency", "--samples", data, "--layers", "1", "--out", tmp_path / "study"]
+    for args in (eval_, study):
+        done = CliRunner().invoke(app, [*map(str, args), *asked])
+        assert done.exit_code == 0, done.output
+        assert "2 failed: ModelError: the prompt has 1" in done.stderr
+    two = ["--image", str(SCENE.image)] * 2
+    for args in (["run"], ["flow", "show", "--out", str(tmp_path / "show")]):
+        done = CliRunner().invoke(app, [*args, *two, "--prompt", "What?", *asked])
+        assert done.exit_code == 2
+        assert done.stderr.startswith("vlmflow: the prompt has 1")
+
+
+def test_a_processor_that_fails_is_named(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["size"]["width"] = 10**29
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"its processor fails \(OverflowError: .*\); get the checkpoint again"):
+        load(str(folder), "cpu").encode([Question("What?", (open_image(SCENE.image),))])
