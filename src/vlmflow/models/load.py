@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -195,6 +194,11 @@ def read_attends(name: str, revision: str | None = None) -> tuple[bool, ...]:
         raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
 
 
+def config_commit(name: str, revision: str | None = None) -> str | None:
+    """The hub's commit of a model's config, None where it comes from a folder; errors are as in ``load_geometry``."""
+    return getattr(_read_config(_path(name, revision), revision), "_commit_hash", None)
+
+
 def load_geometry(name: str, revision: str | None = None) -> Geometry:
     """What decides a model's cost, read from the config of a hub id, a local folder or ``pico``.
 
@@ -215,16 +219,13 @@ def _read_config(path: str, revision: str | None) -> Any:
     """A checkpoint's config; one whose depth no model has is refused: it would be built until all is full.
 
     Raises:
-        ModelError: such a depth, or an inner config that is none: transformers would take some model's of its own.
+        ModelError: such a depth, or null for the text decoder, for which transformers takes one of 7 billion weights.
         Exception: whatever a broken config makes its readers run into.
     """
     config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     written, _ = PreTrainedConfig.get_config_dict(path, revision=revision or "main")
-    for inner in config.sub_configs:
-        if inner in written and not isinstance(written[inner], dict) and getattr(config, inner) is not None:
-            raise ModelError(
-                f"{inner} of its config is {json.dumps(written[inner]):.20}, and no config; get the checkpoint again"
-            )
+    if written.get("text_config", {}) is None:
+        raise ModelError("text_config of its config is null, so nothing says what it is; get the checkpoint again")
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if depth is not None and not 0 < depth <= MOST_LAYERS:
         raise ModelError(f"its config names {depth!r:.20} decoder layers; get the checkpoint again")

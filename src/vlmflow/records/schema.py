@@ -150,6 +150,7 @@ class PriceRecord:
     cost: CostRecord
     vision_flops: int | None = None
     projector_flops: int | None = None
+    commit: str | None = None  # the hub's, of the model's config
     format: int = FORMAT
 
 
