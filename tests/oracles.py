@@ -194,3 +194,31 @@ def generation_positions(model: PreTrainedModel, sample: Sample, new_tokens: int
     with model.get_decoder().register_forward_pre_hook(note, with_kwargs=True):
         model.generate(**sample, max_new_tokens=new_tokens, do_sample=False)
     return None if any(ids is None for ids in seen) else torch.cat(seen, -1)
+
+
+def share_interval(rows: list[tuple[str, int]]) -> tuple[float, float]:
+    """The 95 % interval of the share of rows (cluster, right or not) that are right: the p whose distance from the
+    share, in standard errors at p of the rows' effective number, is at most 1.96; found by bisection."""
+    clusters: dict[str, list[int]] = {}
+    for cluster, right in rows:
+        clusters.setdefault(cluster, []).append(right)
+    n, m, share = len(rows), len(clusters), sum(right for _, right in rows) / len(rows)
+    if 0 < share < 1 and m > 1:
+        spread = sum((sum(right) - share * len(right)) ** 2 for right in clusters.values()) * m / (m - 1) / n**2
+        simple = share * (1 - share) / (n - 1)
+        effective = n / (spread / simple) if spread > simple else n
+    else:
+        effective = n * n / sum(len(right) ** 2 for right in clusters.values())
+
+    def reached(p: float) -> bool:
+        return (share - p) ** 2 * effective <= 1.959963984540054**2 * p * (1 - p)
+
+    ends = []
+    for outside in (0.0, 1.0):
+        inside = share
+        if not reached(outside):
+            for _ in range(60):
+                middle = (outside + inside) / 2
+                outside, inside = (outside, middle) if reached(middle) else (middle, inside)
+        ends.append(share if share == outside else inside)
+    return ends[0], ends[1]

@@ -74,7 +74,9 @@ def test_samples_are_copied_for_evaluations_and_studies_to_read(tmp_path):
     ]
     questions = ["--limit", "20", "--pruner", "none", "--json", "--out"]
     run = vlmflow("eval", "--task", "jsonl", "--source", folder / "questions.jsonl", *questions, tmp_path / "eval")
-    assert json.loads(run.stdout.strip().split("\n")[-1])["metric"]["value"] > 0.7
+    metric = json.loads(run.stdout.strip().split("\n")[-1])["metric"]
+    assert metric["value"] > 0.7
+    assert f"{metric['images']} images, too few to trust intervals" in run.stdout
 
 
 def test_samples_overwrite_nothing(tmp_path):
@@ -221,14 +223,26 @@ def test_folders_that_may_not_be_written_are_refused_before_the_work(command, tm
     assert line.endswith(f": you may not write in {tmp_path}; choose another folder")
 
 
-def test_what_fails_in_the_end_is_told_without_python(tmp_path):
+@pytest.mark.parametrize(
+    ("args", "file", "shown"),
+    [
+        (["run", "--image", SCENE.image, *ASK, "--max-new-tokens", "1", "--save"], "record.json", "Image tokens by"),
+        (["flow", "show", "--image", SCENE.image, *ASK, "--layers", "1", "--out"], "flow.json", ""),
+        (["sweep", "--task", "pico", "--limit", "1", "--pruners", "vtw", "--out"], "sweep.json", "vtw"),
+        (["flow", "knockout", "--task", "pico", "--limit", "5", "--layers", "1", "--out"], "windows.png", "## H1"),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else "",
+)
+def test_what_fails_in_the_end_has_told_its_results(args, file, shown, tmp_path):
     """A disk that is full or a file in the way is found when the record is written."""
-    (tmp_path / "record.json").mkdir()
-    run = vlmflow("run", "--image", SCENE.image, *ASK, "--max-new-tokens", "1", "--save", tmp_path)
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "record.json: cannot be written (Is a directory); mend that" in run.stderr
-    assert "Image tokens by stage" in run.stdout
-    assert not [*tmp_path.glob(".*")]
+    (tmp_path / file).mkdir()
+    run = vlmflow(*args, tmp_path, "--json")
+    assert run.returncode == 2
+    assert f"{file}: cannot be written (Is a directory); mend that, or take another place\n" in run.stderr
+    assert shown in run.stdout
+    assert "versions" in run.stdout.strip().split("\n")[-1]
+    assert json.loads(run.stdout.strip().split("\n")[-1])
+    assert not [*tmp_path.rglob("*.partial")]
 
 
 @pytest.mark.parametrize(("args", "code"), [(["--version"], 0), (["run", "--image", "gone.png", "--prompt", "?"], 2)])
@@ -310,3 +324,32 @@ def test_bad_input_is_refused_in_one_line(files, monkeypatch, args, says):
     run = vlmflow("run", *[part for pair in default.items() for part in pair])
     assert says in refused(run)
     assert not (files / "out").exists()
+
+
+NO_WEIGHTS = {  # what is wrong with the order, and what is said; all can be known from the model's config alone
+    "run": (["--image", SCENE.image, *ASK, "--set", "k2=12"], "prunes before layer 12"),
+    "run a seed": (["--image", SCENE.image, *ASK, "--pruner", "random", "--set", f"seed={10**30}"], "seed must be"),
+    "eval": (["--task", "pico", "--set", "k2=12"], "prunes before layer 12"),
+    "eval a seed": (["--task", "pico", "--pruner", "random", "--set", "seed=-1"], "seed must be"),
+    "sweep": (["--task", "pico", "--pruners", "himap", "--budgets", "0.01"], "himap cannot give a mean of 1.0%"),
+    "flow saliency": (["--task", "pico", "--layers", "3,10"], "names layer 10, but this model has layers 0 to 9"),
+    "flow knockout": (["--task", "pico", "--layers", "0-4000"], "names layer 10, but this model has layers 0 to 9"),
+    "flow knockout widths": (["--task", "pico", "--windows", "3"], "windows must be 1, 2 or 5, got 3"),
+    "flow show": (["--image", SCENE.image, *ASK, "--layers", "10"], "names layer 10"),
+    "flow show far": (["--image", SCENE.image, *ASK, "--layers", "0-4000000000"], "names layers that no model has"),
+    "flow show digits": (["--image", SCENE.image, *ASK, "--layers", "9" * 400], "names layers that no model has"),
+}
+
+
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_what_a_config_tells_is_refused_before_weights_are_loaded(case, tmp_path, monkeypatch):
+    def load(*_):
+        pytest.fail("weights are loaded")
+
+    monkeypatch.setattr("vlmflow.models.load", load)
+    monkeypatch.setattr("vlmflow.evaluate.launch.load", load)
+    args, says = NO_WEIGHTS[case]
+    words = [word for word in case.split() if word in ("run", "eval", "sweep", "flow", "saliency", "knockout", "show")]
+    run = vlmflow(*words, *args, *([] if "run" in words else ["--out", tmp_path / "out"]))
+    assert says in refused(run)
+    assert not (tmp_path / "out").exists()

@@ -6,14 +6,15 @@ import random
 import numpy as np
 import pytest
 
-from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio, mcnemar
+from oracles import share_interval
+from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio, mcnemar, share, too_few
 
 
 def ratio(sums):
     return sums[..., 0] / sums[..., 1]
 
 
-def share(scores, clusters, seed=0) -> Interval:
+def mean(scores, clusters, seed=0) -> Interval:
     """The mean of scores as a ratio of sums."""
     return Resampled.sums(np.stack([scores, np.ones(len(scores))], 1), clusters, seed).interval(ratio)
 
@@ -23,9 +24,59 @@ def test_intervals_cover():
     generator, hits = np.random.default_rng(0), 0
     for trial in range(200):
         scores = (generator.random(150) < 0.7).astype(float)
-        interval = share(scores, np.arange(150), seed=trial)
+        interval = mean(scores, np.arange(150), seed=trial)
         hits += interval.low <= 0.7 <= interval.high
     assert 180 <= hits <= 199
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_shares_of_independent_rows_have_the_published_interval(right, of, low, high):
+    """Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
+    interval = share(np.arange(of) < right, np.arange(of))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((right / of, low, high), abs=5e-5)
+
+
+def test_all_right_is_not_certain():
+    assert share(np.ones(24), np.arange(24)).text(".3f") == "1.000 [0.862, 1.000]"
+    assert share(np.zeros(24), np.arange(24)).text(".3f") == "0.000 [0.000, 0.138]"
+    assert share(np.ones(24), np.arange(24) // 8) == share(np.ones(3), np.arange(3))  # three images, asked eight times
+    assert share(np.ones(24), np.zeros(24, int)).low == pytest.approx(0.207, abs=5e-4)
+
+
+def test_shares_against_a_plain_loop():
+    """Clusters of unequal sizes, alike and not, and numbered with gaps; few rows, so that all are often right."""
+    generator = np.random.default_rng(0)
+    for trial in range(300):
+        clusters = np.sort(generator.choice(50, size=generator.integers(1, 40)) ** 2 // 100)
+        own = generator.random(100)[clusters] if trial % 2 else generator.random()
+        right = generator.random(len(clusters)) < own
+        interval = share(right, clusters)
+        wanted = share_interval([(str(cluster), int(one)) for cluster, one in zip(clusters, right, strict=True)])
+        assert interval.value == pytest.approx(right.mean())
+        assert (interval.low, interval.high) == pytest.approx(wanted, abs=1e-9)
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+
+
+@pytest.mark.parametrize("true", [0.7, 0.97])
+def test_intervals_of_shares_cover_where_answers_about_an_image_are_alike(true):
+    """Forty images, some asked often; every other answer is what the image's first one was."""
+    generator, hits = np.random.default_rng(0), 0
+    images = np.repeat(np.arange(40), np.arange(40) % 4 * 2 + 1)
+    for _ in range(400):
+        first = generator.random(40) < true
+        right = np.where(generator.random(len(images)) < 0.5, first[images], generator.random(len(images)) < true)
+        interval = share(right, images)
+        hits += interval.low <= true <= interval.high
+    assert 360 <= hits <= 397
+
+
+def test_few_images_are_named():
+    assert too_few(1) == "1 image, too few to trust intervals (under 20)"
+    assert too_few(19).startswith("19 images, too few")
+    assert too_few(20) == ""
 
 
 def test_sums_against_a_plain_loop():
@@ -42,12 +93,12 @@ def test_sums_against_a_plain_loop():
 
 def test_intervals_are_seeded_and_see_clusters():
     scores, alone = np.tile([1.0, 1.0, 1.0, 0.0], 50), np.arange(200)
-    assert share(scores, alone, 3) == share(scores, alone, 3)
-    assert share(scores, alone, 3) != share(scores, alone, 4)
+    assert mean(scores, alone, 3) == mean(scores, alone, 3)
+    assert mean(scores, alone, 3) != mean(scores, alone, 4)
     blocks = np.repeat([1.0, 0.0], 100)  # all of an image right, or all wrong
-    wide, narrow = (share(blocks, clusters) for clusters in (np.repeat(np.arange(10), 20), alone))
+    wide, narrow = (mean(blocks, clusters) for clusters in (np.repeat(np.arange(10), 20), alone))
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
-    assert share(np.ones(1), np.zeros(1, int)) == Interval(1, 1, 1)
+    assert mean(np.ones(1), np.zeros(1, int)) == Interval(1, 1, 1)
 
 
 def test_means_are_those_of_rows_and_clusters_are_drawn():

@@ -442,10 +442,11 @@ def test_a_sweep_tells_the_parts_of_a_benchmark_apart(tmp_path):
     assert vlmflow("sweep", *args).exit_code == 0
     outcomes = {name: outcomes_of(Folder(tmp_path / name)) for name in ("none", "vtw-0.5")}
     table = (tmp_path / "sweep.md").read_text().partition("by part**")[2]
-    assert "|  | none | vtw-0.5 |" in table
+    assert "|  | images | none | vtw-0.5 |" in table
+    alone = {0.0: "0.0 [0.0, 79.3]", 1.0: "100.0 [20.7, 100.0]"}  # Wilson's of one question
     for number, kind in enumerate(outcome.sample.group for outcome in outcomes["none"]):
-        shares = [100 * own[number].score for own in outcomes.values()]
-        assert f"| {kind} | " + " | ".join(f"{x:.1f} [{x:.1f}, {x:.1f}]" for x in shares) + " |" in table
+        assert f"| {kind} | 1 | " + " | ".join(alone[own[number].score] for own in outcomes.values()) + " |" in table
+    assert "- pico: 1 image, too few to trust intervals (under 20)" in (tmp_path / "sweep.md").read_text()
 
 
 def test_the_parts_of_captions_are_scored_as_parts_of_the_whole(tmp_path):
@@ -461,17 +462,17 @@ def test_the_parts_of_captions_are_scored_as_parts_of_the_whole(tmp_path):
     summary = EvaluationSummary({"task": "nocaps", "seed": 0}, None, None, counts, {}, None, None, [], None)
     grid = group_grid([("none", Result(tmp_path, summary))], "parts")
     assert grid is not None
-    for group, cell in grid.rows:
+    for group, _, cell in grid.rows:
         value, low, high = (float(number) for number in re.findall(r"[\d.]+", cell))
         assert value == pytest.approx(metric["groups"][group], abs=0.051)
         assert low <= value <= high
-    assert [group for group, _ in grid.rows] == ["in", "out"]
+    assert [(group, images) for group, images, _ in grid.rows] == [("in", 2), ("out", 2)]
     alone = task.metric([row.outcome() for row in rows[2:]])["value"]
     assert abs(alone - metric["groups"]["out"]) > 1
     none = Result(tmp_path / "nothing", summary)
     both = group_grid([("none", Result(tmp_path, summary)), ("himap", none)], "parts")
     assert both is not None
-    assert [cells[2] for cells in both.rows] == ["-", "-"]
+    assert [cells[3] for cells in both.rows] == ["-", "-"]
 
 
 def test_sweep_and_report(questions, tmp_path):
@@ -514,6 +515,7 @@ def test_sweep_and_report(questions, tmp_path):
     assert by_method["himap"]["difference"] == himap["difference"]
     made = (tmp_path / "r/report.md").read_text()
     assert made.startswith("**Table 1")
+    assert all("4 images, too few to trust intervals" in said for said in (swept.stderr, table, told.stdout, made))
     first, *others = [line for line in made.split("\n") if line.startswith("| pico")]
     assert first.startswith("| pico | none |")
     assert "_" in next(line for line in others if "vtw" in line or "himap" in line)

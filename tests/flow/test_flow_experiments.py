@@ -354,7 +354,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
     verdict = (tmp_path / "out/verdict.md").read_text()
     assert verdict in made.stdout
     assert "## H1" in verdict
-    assert "fewer than 20 they are too narrow" in verdict
+    assert "too few to trust intervals (under 20)" in verdict
     for stem in drawn:
         assert is_png(tmp_path / f"out/{stem}.png")
         found = curves(tmp_path / f"out/{stem}.svg")

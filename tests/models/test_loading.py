@@ -7,20 +7,19 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vlmflow.cli import app
-from vlmflow.models import ModelError, ModelWarning, Question, load, load_geometry, open_image
+from vlmflow.core import hub
+from vlmflow.models import ModelError, ModelWarning, Question, load, load_geometry, open_image, read_attends
 from vlmflow.pico import MODEL_DIR, samples
 
-loading = sys.modules[load.__module__]
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 SCENE = samples()[0]
@@ -241,14 +240,46 @@ def test_a_hub_that_does_not_answer_is_said_within_seconds(caplog, monkeypatch):
         port = server.getsockname()[1]
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-        monkeypatch.setattr(loading, "ANSWER_WITHIN", 0.5)
-        monkeypatch.setattr(loading, "HfApi", partial(HfApi, endpoint=f"http://127.0.0.1:{port}"))
+        monkeypatch.setattr("vlmflow.core.hub.ANSWER_WITHIN", 0.5)
         start = time.perf_counter()
-        for read in (load, load_geometry):
+        for read in (load, load_geometry, read_attends):
             with pytest.raises(ModelError, match=rf"127.0.0.1:{port} cannot be reached \(\w+\); check the name"):
                 read("some/where")
         assert time.perf_counter() - start < 5
-    assert caplog.messages == [f"vlmflow: asking http://127.0.0.1:{port} for some/where"] * 2
+    assert caplog.messages == [f"vlmflow: asking http://127.0.0.1:{port} for some/where"] * 3
+
+
+def test_a_hub_that_answers_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda api, name, **how: asked.append(name))
+    hub.ask("model", "asked/once")
+    hub.ask("model", "asked/once")
+    hub.ask("model", "asked/once", "v2")
+    assert asked == ["asked/once"] * 2
+
+
+@pytest.mark.parametrize("inner", ["text_config", "vision_config"])
+@pytest.mark.parametrize("value", [None, "llama", {}, {"model_type": "qwen2"}])
+def test_an_inner_config_that_is_none_or_anothers_is_refused(tmp_path, inner, value):
+    """transformers would take that of a model of 7 billion weights, and build it."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, inner: value}))
+    readers = (load, load_geometry, read_attends) if (inner, value) == ("text_config", None) else (load,)
+    for read in readers:
+        with pytest.raises(ModelError, match=r"get the checkpoint again|get it complete") as refusal:
+            read(str(folder))
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_config_of_a_larger_model_is_refused_before_it_is_made(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    set_in_config(folder, "text_config", "hidden_size", 4096)
+    set_in_config(folder, "text_config", "num_attention_heads", 32)
+    with pytest.raises(ModelError, match=r"its config makes 176,300,480 weights, too many for files of 10.9 MB"):
+        load(str(folder), "cpu")
 
 
 def test_prompts_behind_the_last_position_are_refused(tmp_path):
@@ -259,3 +290,28 @@ def test_prompts_behind_the_last_position_are_refused(tmp_path):
     vlm.encode([Question("What?", (image,))])
     with pytest.raises(ModelError, match=r"the prompt has 1\d\d\d tokens, and the model positions for 600; ask less"):
         vlm.encode([Question("What?", (image,)), Question("What?", (image, image))])
+    rows = [{"id": str(n), "image": [str(SCENE.image)] * n, "question": "What?", "answer": "x"} for n in (1, 2)]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--model", str(folder), "--device", "cpu"]
+    eval_ = ["eval", "--task", "jsonl", "--source", data, "--max-new-tokens", "1", "--out", tmp_path / "eval"]
+    study = ["flow", "saliency", "--samples", data, "--layers", "1", "--out", tmp_path / "study"]
+    for args in (eval_, study):
+        done = CliRunner().invoke(app, [*map(str, args), *asked])
+        assert done.exit_code == 0, done.output
+        assert "2 failed: ModelError: the prompt has 1" in done.stderr
+    two = ["--image", str(SCENE.image)] * 2
+    for args in (["run"], ["flow", "show", "--out", str(tmp_path / "show")]):
+        done = CliRunner().invoke(app, [*args, *two, "--prompt", "What?", *asked])
+        assert done.exit_code == 2
+        assert done.stderr.startswith("vlmflow: the prompt has 1")
+
+
+def test_a_processor_that_fails_is_named(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["size"]["width"] = 10**29
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"its processor fails \(OverflowError: .*\); get the checkpoint again"):
+        load(str(folder), "cpu").encode([Question("What?", (open_image(SCENE.image),))])

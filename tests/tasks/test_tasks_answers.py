@@ -71,7 +71,7 @@ def test_paper_is_the_default_of_its_tasks_and_names_are_checked():
         TASKS["aokvqa"].prompt(HINTED, "plain")
     with pytest.raises(TaskError, match="pico: prompt style must be one of plain, got 'llava'"):
         TASKS["pico"].prompt(PLAIN, "llava")
-    with pytest.raises(TaskError, match="pope: answer rule must be one of words, official, strict, got 'x'"):
+    with pytest.raises(TaskError, match="pope: answer rule must be one of words, official, strict, declared, got 'x'"):
         TASKS["pope"].parse("yes", PLAIN, "x")
 
 
@@ -179,7 +179,20 @@ DECLARED = {  # verbose answers, by the default rule
     "The answer is a.": "A",
     "the answer is a dog": "C",
     "B\n\nOn second thoughts, the answer is C.": "C",
+    "D because option A is wrong.": "D",
+    "D, since A and B are not in it": "D",
+    "(D) - the smallest, not A": "D",
+    "B is correct, as A has no wheels.": "B",
+    "B is the right option because A is wrong.": "B",
     # not declared, or twice
+    "A - D are wrong": None,
+    "D - or is it A?": "D",
+    "B - big, C - small": None,
+    "B is right of A": None,
+    "B is correct. But C is correct too.": None,
+    "D because it is not D": None,
+    "D because it is a dog": None,  # which is C
+    "As A is wrong, B or C": None,
     "The answer is A or B": None,
     "The answer is B, C.": None,
     "The answer is A, B, or C.": None,
@@ -254,6 +267,30 @@ YES_NO = {  # answer: by the default rule, official, strict
     "yes yes yes": ("yes", "yes", None),
     "Yes\nNo": (None, "yes", None),
 }
+
+
+DECLARED_YES_NO = {
+    "Yes, there is no doubt.": "yes",
+    "No. A yes would be wrong.": "no",
+    "Yes. No.": None,
+    "**No**\n\nA yes would need a dog.": "no",
+    "The answer is yes. There is no other.": "yes",
+    "There is no cat, so the answer is: No": "no",
+    "There is no dog": "no",
+    "no": "no",
+    "Yes or no? Hard to say.": None,
+    "Yes, no": None,
+    "The answer is yes. The answer is no.": None,
+    "The answer is yes or no": None,
+    "No dog is seen. Yes, none.": None,
+    "I would say yes, not no": None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", DECLARED_YES_NO)
+def test_a_declared_yes_or_no_is_read_and_no_other(text):
+    assert TASKS["pope"].parse(text, PLAIN, "declared") == DECLARED_YES_NO[text]
 
 
 @pytest.mark.parametrize("text", YES_NO)

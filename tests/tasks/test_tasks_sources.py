@@ -3,12 +3,15 @@
 import base64
 import io
 import json
+import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from commands import vlmflow
 from vlmflow.core.images import ImageError
 from vlmflow.records.files import RecordError
 from vlmflow.tasks import TASKS, Picture, Sample, Source, TaskError
@@ -552,6 +555,46 @@ def test_a_moved_data_set_is_found_by_its_former_id(monkeypatch, hub):
     assert asked == ["lmms-lab-encoder/MMVet", "lmms-lab/MMVet"]
     with pytest.raises(TaskError, match=r"me/mine \(default, test\): cannot be loaded .*me/mine is gone"):
         TASKS["mmvet"].samples(Source(hub="me/mine"))
+
+
+def test_the_hubs_commit_is_recorded_and_another_one_is_another_run(monkeypatch, hub, tmp_path):
+    rows = [{**row, "image": {"bytes": png("red"), "path": None}} for row in HUB_ROWS["pope"]]
+    table = hub.Dataset.from_list(rows).cast_column("image", hub.Image())
+    monkeypatch.setattr(hub, "load_dataset", lambda *_, **__: table)
+    args = ["eval", "--task", "pope", "--max-new-tokens", "1", "--limit", "1", "--out", tmp_path / "out"]
+    for commit in ("a" * 40, "b" * 40):
+        table.info.download_checksums = {f"hf://datasets/lmms-lab/POPE@{commit}/Full/test-0.parquet": {"num_bytes": 1}}
+        run = vlmflow(*args)
+        assert run.returncode == (0 if commit[0] == "a" else 2)
+    settings = json.loads((tmp_path / "out/summary.json").read_text())["settings"]
+    assert settings["source"] == {"dataset": "lmms-lab-encoder/POPE", "split": "test", "commit": "a" * 40}
+    assert f'source.commit was "{"a" * 40}", is "{"b" * 40}"' in run.stderr
+    table.info.download_checksums = None  # from a folder
+    (sample, *_) = TASKS["pope"].samples()
+    assert sample.commit is None
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_what_was_downloaded_is_taken(monkeypatch, hub, caplog):
+    from huggingface_hub import constants
+
+    asked, table = [], hub.Dataset.from_list(HUB_ROWS["mmvet"]).cast_column("image", hub.Image())
+
+    def load(path, **_):
+        asked.append((path, hub.config.HF_HUB_OFFLINE))
+        return table
+
+    monkeypatch.setattr(hub, "load_dataset", load)
+    monkeypatch.setattr(hub.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("vlmflow.core.hub.ANSWER_WITHIN", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # which says nothing
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.perf_counter()
+        TASKS["mmvet"].samples()
+        assert time.perf_counter() - start < 5
+    assert asked == [("lmms-lab-encoder/MMVet", True)]
+    assert hub.config.HF_HUB_OFFLINE is False
+    assert caplog.messages == [f"vlmflow: asking {constants.ENDPOINT} for lmms-lab-encoder/MMVet"]
 
 
 def test_a_data_set_that_is_there_is_not_looked_for_elsewhere(monkeypatch, hub):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,7 @@ from vlmflow.cli.options import (
     refuse_without,
     task_named,
 )
-from vlmflow.cli.output import console, err_console, plain_table, refusals
+from vlmflow.cli.output import console, err_console, json_last, plain_table, refusals
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
@@ -56,7 +55,7 @@ class SubjectOptions:
         str | None,
         typer.Option(help=f"Instead of a model: random weights at the widths of one of {', '.join(GEOMETRIES)}."),
     ] = None
-    layers: Annotated[int | None, typer.Option(min=3, help="Of the geometry, another number of layers.")] = None
+    layers: Annotated[int | None, typer.Option(min=3, max=1000, help="Another number of layers.")] = None
 
 
 @dataclass(frozen=True)
@@ -107,19 +106,24 @@ def bench(
         if threads:
             torch.set_num_threads(threads)
         attn = "sdpa" if protocol == "deployed" else "eager"
+        questions: list[Question] = []
+        asked: dict[str, str] = {}
         if subject.geometry is None:
             refuse_without("--geometry", {"--layers": subject.layers})
-            questions = first_questions(prompts.task, prompts.source, max(batches))
+            questions, asked = first_questions(prompts.task, prompts.source, max(batches))
+            depth = len(loading.attends(subject.model))
+        else:
+            depth = subject.layers or geometry_named(subject.geometry).layers
+        methods = {method.name: method.scaled(depth) for method in chosen}
+        for method in methods.values():
+            method.checked_stages(depth, 0)
+        if subject.geometry is None:
             vlm = loading.load(subject.model, attn)
             model, inputs = vlm.model, [vlm.encode(questions[:batch]) for batch in batches]
         else:
             model = random_weights(subject.geometry, subject.layers, images, loading, attn)
             sizes = product(images, batches)
             inputs = [random_prompt(model, length, prompts.text_tokens, batch) for length, batch in sizes]
-        depth = model.config.get_text_config(decoder=True).num_hidden_layers
-        methods = {method.name: method.scaled(depth) for method in chosen}
-        for method in methods.values():
-            method.checked_stages(depth, 0)
     requests = [Request(prompt, length, protocol) for prompt, length in product(inputs, lengths)]
     name = subject.geometry or subject.model
     console.print(f"{name}{SHARED if subject.geometry else ''}; protocol {protocol}: {PROTOCOLS[protocol]}.")
@@ -141,19 +145,16 @@ def bench(
         versions=versions(),
         points=points,
         commit=getattr(model.config, "_commit_hash", None),
+        questions=asked,
     )
-    record = to_json(measured)
-    try:
+    with refusals(), json_last(to_json(measured)):
         if save is not None:
-            with refusals():
-                write_json(save, record)
+            write_json(save, to_json(measured))
             typer.echo(f"wrote {save}")
-    finally:
-        typer.echo(json.dumps(record))  # what took long to measure is not lost with a place that is full
 
 
-def first_questions(task: str, source: Path | None, count: int) -> list[Question]:
-    """A task's first questions, so many.
+def first_questions(task: str, source: Path | None, count: int) -> tuple[list[Question], dict[str, str]]:
+    """A task's first questions, so many, and where they came from.
 
     Raises:
         TaskError: no such task, or what is wrong with the source.
@@ -162,10 +163,12 @@ def first_questions(task: str, source: Path | None, count: int) -> list[Question
     from vlmflow.models import Question
 
     chosen = task_named(task)
-    samples = chosen.samples(Source(source and source.resolve()), count)
+    where = Source(source and source.resolve())
+    samples = chosen.samples(where, count)
     if len(samples) < count:
         raise ValueError(f"{task} has {len(samples)} samples, too few for --batch-size {count}")
-    return [Question(chosen.prompt(s, None), tuple(picture.open() for picture in s.images)) for s in samples]
+    questions = [Question(chosen.prompt(s, None), tuple(picture.open() for picture in s.images)) for s in samples]
+    return questions, {"task": task, **chosen.describe(where, samples)}
 
 
 def random_weights(geometry: str, layers: int | None, images: list[int], loading: LoadingOptions, attn: str) -> Any:

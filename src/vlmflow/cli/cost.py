@@ -48,7 +48,7 @@ def cost(
         print_paper(json_)
         return
     with refusals():
-        geometry = GEOMETRIES[model] if model in GEOMETRIES else read_geometry(model, model_revision)
+        geometry, commit = (GEOMETRIES[model], None) if model in GEOMETRIES else read_geometry(model, model_revision)
         chosen = pruner.make([kind.attends for kind in geometry.kinds])
         n_image = image_tokens or (geometry.vision and geometry.vision.image_tokens)
         if n_image is None:
@@ -78,15 +78,17 @@ def cost(
             cost=CostRecord.of(priced),
             vision_flops=tower,
             projector_flops=projector,
+            commit=commit,
         )
         typer.echo(json.dumps(to_json(record)))
 
 
-def read_geometry(model: str, revision: str | None) -> Geometry:
-    """The widths in a model's config."""
-    from vlmflow.models import load_geometry  # torch and transformers take seconds that built-in widths do not need
+def read_geometry(model: str, revision: str | None) -> tuple[Geometry, str | None]:
+    """The widths in a model's config, and the hub's commit of it."""
+    # torch and transformers take seconds that built-in widths do not need
+    from vlmflow.models import config_commit, load_geometry
 
-    return load_geometry(model, revision)
+    return load_geometry(model, revision), config_commit(model, revision)
 
 
 def tiled_vision(geometry: Geometry, n_image: int) -> tuple[int, int] | tuple[None, None]:

@@ -27,8 +27,9 @@ from vlmflow.cli.options import (
     task_named,
     under_torchrun,
 )
-from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
+from vlmflow.cli.output import console, json_last, plain_table, print_table, refusals, remark
 from vlmflow.cli.progress import bars, do_job, show, stoppable
+from vlmflow.core.statistics import too_few
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.judge import mark, why_unmarked, write_requests
 from vlmflow.pruners import PRUNERS, Unpruned, find_pruner
@@ -131,25 +132,24 @@ def sweep(
         samples = run.samples(chosen, where)
     from vlmflow.evaluate.sweep import plan
     from vlmflow.evaluate.sweep import sweep as evaluate_cells
-    from vlmflow.evaluate.tables import budget_grid
+    from vlmflow.evaluate.tables import budget_grid, notes_on
 
     with refusals(), stoppable():
+        attends = loading.attends(model)
+        cells = plan(methods, shares, len(attends), chosen.preset, attends)
         vlm = loading.load(model)
-        cells = plan(methods, shares, vlm.n_layers, chosen.preset, vlm.attends)
         evaluation, size = run.evaluation(chosen, where, Unpruned(), ""), run.batch_size
         with bars() as progress:
             follow = partial(show, progress)
-            lines = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
-        print_table(budget_grid(lines, chosen.title, wide=False))
-        for line in lines:
-            if line.note:
-                remark(line.note)
-        written = ["sweep.md", "sweep.csv", "sweep.json"]
-        if _draw(lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
+            swept = evaluate_cells(vlm, evaluation, cells, out_dir, samples=samples, batch_size=size, progress=follow)
+    print_table(budget_grid(swept.lines, chosen.title, wide=False))
+    for note in notes_on(swept.lines):
+        remark(note)
+    with refusals(), json_last(swept.record if json_ else None):
+        written = swept.write(out_dir)
+        if _draw(swept.lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
             written.append("pareto.png")
-    typer.echo(f"wrote {', '.join(written)} to {out_dir}")
-    if json_:
-        typer.echo(json.dumps(json.loads((out_dir / "sweep.json").read_text(encoding="utf-8"))))
+        typer.echo(f"wrote {', '.join(written)} to {out_dir}")
 
 
 def report(
@@ -177,14 +177,12 @@ def report(
         print_table(grid)
     for note in made.notes:
         console.print(note, highlight=False, markup=False)
-    if out_dir is not None:
-        with refusals():
+    with refusals(), json_last(record if json_ else None):
+        if out_dir is not None:
             write_text(out_dir / "report.md", made.markdown())
             write_text(out_dir / "report.csv", table_of(made.lines).csv())
             write_json(out_dir / "report.json", record)
-        typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
-    if json_:
-        typer.echo(json.dumps(record))
+            typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
 
 
 # -- what they print
@@ -208,6 +206,7 @@ def _print_summary(summary: dict[str, Any], task: Task) -> None:
         if metric["value"] is not None:
             value = "{:.2f} [{:.2f}, {:.2f}]".format(metric["value"], *metric["interval"])
         table.add_row(metric["figure"], value)
+        table.add_row("over", too_few(metric["images"]) or f"{metric['images']} images")
     table.add_row("answered", f"{counts['answered']} of {counts['asked']}, {counts['failed']} failed")
     if metric:
         table.add_row("unparsed", f"{metric['unparsed']}, counted as wrong")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -26,9 +25,9 @@ from vlmflow.cli.options import (
     pictures_named,
     task_named,
 )
-from vlmflow.cli.output import refusals, remark
+from vlmflow.cli.output import json_last, refusals, remark
 from vlmflow.cli.progress import do_job
-from vlmflow.flow.layers import Layers
+from vlmflow.flow.layers import Layers, named_layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
 from vlmflow.records.schema import FlowRecord, SeenImages, from_json, to_json
@@ -98,14 +97,13 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             samples = job.samples()
         size, title = study.batch_size, f"{experiment.name} {task.name}"
         summary = do_job(lambda attends: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
-        figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
         typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
-        drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
-        typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
         for sample, reason in summary["failed"].items():
             remark(f"{sample} failed: {reason}")
-        if json_:
-            typer.echo(json.dumps(summary))
+        with refusals(), json_last(summary if json_ else None):
+            figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
+            drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
+            typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
 
     command.__annotations__["settings"] = _options_of(experiment, kinds)
     command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
@@ -149,6 +147,7 @@ def show_(
         from vlmflow.models import Question
 
         question = Question(checked_prompt(prompt), pictures_named(image))
+        named_layers(named, len(loading.attends(model)))
         vlm = loading.load(model)
         from vlmflow.figures.maps import flow_maps
         from vlmflow.flow.picture import patches
@@ -166,13 +165,12 @@ def show_(
             seen=SeenImages([picture.size for picture in question.images], drawn.positions, drawn.grids),
             maps={label: importance.tolist() for label, importance in drawn.flows.items()},
         )
+    with refusals(), json_last(to_json(record) if json_ else None):
+        write_json(out_dir / "flow.json", to_json(record))
         title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
         arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
         flow_maps(out_dir / "flow", drawn.images, drawn.grids, drawn.layers, arrays, title)
-        write_json(out_dir / "flow.json", to_json(record))
-    typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
-    if json_:
-        typer.echo(json.dumps(to_json(record)))
+        typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
 
 
 def _layers(text: str) -> Layers:

@@ -61,6 +61,12 @@ class LoadingOptions:
 
         return load(name, self.device, self.dtype, attn, self.model_revision)
 
+    def attends(self, name: str) -> tuple[bool, ...]:
+        """Of each of a model's layers, whether it attends; known before its weights are loaded."""
+        from vlmflow.models import read_attends
+
+        return read_attends(name, self.model_revision)
+
     def named(self, name: str) -> Loading:
         """How whoever answers is to load a model (see ``vlmflow.evaluate.launch``)."""
         from vlmflow.evaluate.on_ray import Loading

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -27,6 +29,16 @@ def refusals() -> Iterator[None]:
             text = f"{error.filename2 or error.filename}: {error.strerror}"  # without the number and the quotes
         typer.echo(f"vlmflow: {' '.join(text.removeprefix('vlmflow: ').split())}", err=True)
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def json_last(record: Mapping[str, Any] | None) -> Iterator[None]:
+    """Print a record, if there is one, as the last line: what took long is not lost with a place that is full."""
+    try:
+        yield
+    finally:
+        if record is not None:
+            typer.echo(json.dumps(record))
 
 
 def remark(text: str) -> None:

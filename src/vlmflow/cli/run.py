@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +21,7 @@ from vlmflow.cli.options import (
     checked_prompt,
     pictures_named,
 )
-from vlmflow.cli.output import console, err_console, plain_table, refusals, remark
+from vlmflow.cli.output import console, err_console, json_last, plain_table, refusals, remark
 from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.records.files import versions, write_json
 from vlmflow.records.schema import DemoRecord, RunRecord, SeenImages, to_json
@@ -69,15 +68,15 @@ def run(
         question = Question(checked_prompt(prompt), pictures_named(images))
         if not images:
             remark("no image: the question is asked as text alone, and nothing is pruned")
-        vlm = loading.load(model)
-    from vlmflow.models.ask import ask
-
-    with refusals():
-        chosen = pruner.make(vlm.attends)
-        methods = {name: make_pruner(name, {}, vlm.n_layers, vlm.attends) for name in PRUNERS} if compare else {}
+        attends = loading.attends(model)
+        chosen = pruner.make(attends)
+        methods = {name: make_pruner(name, {}, len(attends), attends) for name in PRUNERS} if compare else {}
         methods[chosen.name] = chosen
         for method in methods.values():
-            method.checked_stages(vlm.n_layers, 0)
+            method.checked_stages(len(attends), 0)
+        vlm = loading.load(model)
+        from vlmflow.models.ask import ask
+
         inputs = vlm.encode([question])
         runs = {name: ask(vlm, [question], method, max_new_tokens, inputs)[0] for name, method in methods.items()}
     print_runs(runs)
@@ -90,11 +89,9 @@ def run(
         runs={name: run.record() for name, run in runs.items()},
         seen=seen_by(vlm, question, inputs, next(iter(runs.values()))),
     )
-    if save is not None:
-        with refusals():
+    with refusals(), json_last(to_json(record) if json_ else None):
+        if save is not None:
             save_run(save, question, inputs, runs, record)
-    if json_:
-        typer.echo(json.dumps(to_json(record)))
 
 
 def print_runs(runs: dict[str, Run]) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from vlmflow.cli.options import check_folder
 from vlmflow.cli.output import refusals
-from vlmflow.records.files import write_text
+from vlmflow.records.files import replacing, write_text
 
 QUESTIONS = "questions.jsonl"
 
@@ -31,7 +31,8 @@ def samples(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where th
                 raise ValueError(f"{folder / name} is there already; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         for scene in scenes:
-            shutil.copyfile(scene.image, folder / scene.image.name)
+            with replacing(folder / scene.image.name) as partial:
+                shutil.copyfile(scene.image, partial)
         lines = [
             {
                 "id": f"{scene.image.stem}/{question.kind}",

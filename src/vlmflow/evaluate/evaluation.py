@@ -48,9 +48,13 @@ class Evaluation:
         """The samples (see ``Task.samples``)."""
         return self.task.samples(self.source, self.limit)
 
+    def check(self, n_layers: int) -> None:
+        """A ``ValueError`` where the pruner does not fit."""
+        self.pruner.checked_stages(n_layers, 0)
+
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that an answer depends on (see ``settings_of``); a ``ValueError`` where the pruner does not fit."""
-        self.pruner.checked_stages(facts.layers, 0)
+        self.check(facts.layers)
         method = {"pruner": self.pruner.to_dict(), "pruner_from": self.pruner_from}
         how = {name: getattr(self, name) for name in ("prompt", "rule", "limit", "max_new_tokens", "seed")}
         return settings_of(facts, self.task, self.source, samples, method, **how)
@@ -157,7 +161,7 @@ def settings_of(
         "dtype": facts.dtype,
         "attention": facts.attention,
         "task": task.name,
-        "source": task.describe(source),
+        "source": task.describe(source, samples),
         "samples": {"count": len(samples), "sha256": content.hexdigest()},
         "limit": limit,
         "prompt": task.style(prompt),

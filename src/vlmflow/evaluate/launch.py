@@ -12,7 +12,7 @@ from torch.distributed import is_torchelastic_launched
 from vlmflow.evaluate.on_ray import Loading, Pool
 from vlmflow.evaluate.on_torchrun import Ranks, own_accelerator
 from vlmflow.evaluate.runner import Job, Progress, collect, run
-from vlmflow.models import load
+from vlmflow.models import load, read_attends
 from vlmflow.tasks import Sample
 
 
@@ -37,13 +37,15 @@ def launch(
         with on_ray as pool:
             job = job_for(pool.facts.attends)
             return collect(pool, job, out, batch_size=batch_size, samples=samples, progress=progress)
+    attends = read_attends(loading.name, loading.revision)
+    job = job_for(attends)
+    job.check(len(attends))  # before weights are loaded
     if not is_torchelastic_launched():
         vlm = load(loading.name, loading.device, loading.dtype, revision=loading.revision)
-        return run(vlm, job_for(vlm.attends), out, batch_size=batch_size, samples=samples, progress=progress)
+        return run(vlm, job, out, batch_size=batch_size, samples=samples, progress=progress)
     if loading.device == "auto":
         raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
-    vlm = load(loading.name, loading.device or own_accelerator(), loading.dtype, revision=loading.revision)
-    ranks, job = Ranks(vlm), job_for(vlm.attends)
+    ranks = Ranks(load(loading.name, loading.device or own_accelerator(), loading.dtype, revision=loading.revision))
     if ranks.rank:
         return ranks.help(job, samples)
     return collect(ranks, job, out, batch_size=batch_size, samples=samples, progress=progress)

@@ -58,6 +58,10 @@ class Job(Protocol[R]):
         """The samples; a ``ValueError`` where the source is wrong, or a sample is none for this job."""
         ...
 
+    def check(self, n_layers: int) -> None:
+        """A ``ValueError`` where it does not fit a model of so many layers."""
+        ...
+
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that the rows depend on, in JSON's types; a ``ValueError`` where it does not fit task or model."""
         ...

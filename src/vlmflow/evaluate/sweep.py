@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from vlmflow.evaluate.budgets import with_budget
 from vlmflow.evaluate.evaluation import Evaluation
 from vlmflow.evaluate.runner import Progress, run
-from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line_of, table_of
+from vlmflow.evaluate.tables import COSTS, Result, budget_grid, group_grid, line_of, notes_on, table_of
 from vlmflow.models import VLM
 from vlmflow.pruners import Pruner, Task, Unpruned, find_pruners
 from vlmflow.pruners.outside import code_of
@@ -65,6 +65,46 @@ def plan(
     return cells
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What came of a sweep: a line a cell, and the tables of them; nothing is written yet."""
+
+    task: str
+    lines: list[Line]
+    by_part: Table | None
+    settings: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``sweep.json`` holds."""
+        return to_json(SweepRecord(self.settings, self.lines))
+
+    def write(self, out: Path) -> list[str]:
+        """Write the table in three formats; the files' names.
+
+        Raises:
+            RecordError: a place that cannot be written to, or is full.
+        """
+        write_json(out / "sweep.json", self.record)
+        write_text(out / "sweep.csv", table_of(self.lines).csv())
+        write_text(out / "sweep.md", self._markdown())
+        return ["sweep.md", "sweep.csv", "sweep.json"]
+
+    def _markdown(self) -> str:
+        common = self.settings
+        built_with = ", ".join(f"{name} {version}" for name, version in common["versions"].items())
+        what = (
+            f"Model {common['model']} ({common['dtype']}, weights {common['weights'][:12]}), "
+            f"{common['samples']['count']} samples, prompt style {common['prompt']}, answer rule {common['rule']}, "
+            f"greedy, at most {common['max_new_tokens']} new tokens; {built_with}."
+        )
+        notes = "".join(f"- {note}\n" for note in notes_on(self.lines))
+        by_part = self.by_part.markdown() if self.by_part else ""
+        by_budget = budget_grid(self.lines, self.task).markdown()
+        parts = [by_budget, notes, by_part, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
+        return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
 def sweep(
     vlm: VLM,
     evaluation: Evaluation,
@@ -74,11 +114,10 @@ def sweep(
     samples: Sequence[Sample],
     batch_size: int = 8,
     progress: Callable[[str], Progress],
-) -> list[Line]:
-    """Evaluate each cell in its folder, go on where it stopped; write the table in three formats.
+) -> Swept:
+    """Evaluate each cell in its folder in ``out``, go on where it stopped; what came of all.
 
-    ``evaluation``'s pruner is replaced by each cell's; ``progress`` follows a cell by its title. ``out`` gets
-    ``sweep.md``, ``sweep.csv`` and ``sweep.json``.
+    ``evaluation``'s pruner is replaced by each cell's; ``progress`` follows a cell by its title.
 
     Raises:
         RecordError: a cell's folder holds another run.
@@ -101,22 +140,5 @@ def sweep(
         else Line(vlm.name, evaluation.task.name, cell.name, "", cell.budget, cell.folder, note=cell.refusal)
         for cell in cells
     ]
-    write_text(out / "sweep.csv", table_of(lines).csv())
-    write_json(out / "sweep.json", to_json(SweepRecord(baseline.common, lines)))
     title = evaluation.task.title
-    grids = [budget_grid(lines, title), group_grid(list(results.items()), f"{title}: by part")]
-    write_text(out / "sweep.md", _markdown(lines, filter(None, grids), baseline.common))
-    return lines
-
-
-def _markdown(lines: Sequence[Line], grids: Iterable[Table], settings: dict[str, Any]) -> str:
-    built_with = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    what = (
-        f"Model {settings['model']} ({settings['dtype']}, weights {settings['weights'][:12]}), "
-        f"{settings['samples']['count']} samples, prompt style {settings['prompt']}, answer rule {settings['rule']}, "
-        f"greedy, at most {settings['max_new_tokens']} new tokens; {built_with}."
-    )
-    refusals = "".join(f"- {line.note}\n" for line in lines if line.note)
-    by_budget, *by_group = (grid.markdown() for grid in grids)
-    parts = [by_budget, refusals, *by_group, what, BUDGETS, COSTS, "![Figure against FLOPs](pareto.png)"]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return Swept(title, lines, group_grid(list(results.items()), f"{title}: by part"), baseline.common)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlmflow.core.errors import typed_line
+from vlmflow.core.statistics import too_few
 from vlmflow.evaluate.rows import outcomes_of
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import SETTINGS, SUMMARY, Folder, differences
 from vlmflow.records.schema import EvaluationSummary, Line, from_json
 from vlmflow.records.table import Table
 from vlmflow.tasks import TASKS, Task
+from vlmflow.tasks.core import groups_of, images_of
 
 COSTS = (
     "Costs are those of the prefill, means over samples, as shares of the unpruned run. "
     "A layer: image tokens that enter a layer, in the mean over layers; of all: as a share of a prompt's image tokens. "
     "Eq. 10: the paper's FLOPs, which count multiply-adds of image tokens only, no text. "
     "Exact: every matrix product of the text decoder at two FLOPs a multiply-add, text, head and ranking included. "
-    "KV: bytes of the cache after the prefill. Intervals are 95 % bootstraps over images; Δ is the difference to the "
-    "unpruned run on the same samples, paired."
+    "KV: bytes of the cache after the prefill. Intervals are of 95 % over images, Wilson's for shares of right answers "
+    "and else bootstraps; Δ is the difference to the unpruned run on the same samples, paired."
 )
 _MISSING = "-"
 Key = tuple[str, str, str]  # of a reported line: model, method with its fields where needed, task
@@ -127,7 +129,15 @@ def line_of(result: Result, baseline: Result | None = None, budget: float | None
         unparsed=metric.get("unparsed", 0),
         excluded=metric.get("excluded", 0),
         note=note,
+        images=metric.get("images"),
     )
+
+
+def notes_on(lines: Sequence[Line]) -> list[str]:
+    """The lines' notes, and what must be said of their intervals, each once."""
+    notes = [line.note for line in lines if line.note]
+    notes += [f"{line.task}: {too_few(line.images)}" for line in lines if line.images and too_few(line.images)]
+    return list(dict.fromkeys(notes))
 
 
 def compare(baseline: Result, result: Result) -> dict[str, Any] | None:
@@ -175,16 +185,22 @@ def budget_grid(lines: Sequence[Line], title: str, wide: bool = True) -> Table:
 
 
 def group_grid(results: Sequence[tuple[str, Result]], title: str) -> Table | None:
-    """The figure of every part of a benchmark, a column a labelled run; None where the benchmark has no parts."""
-    columns = [run.task.parts(outcomes_of(Folder(run.path)), run.settings["seed"]) for _, run in results]
+    """The figure of every part of a benchmark, a column a labelled run; None where the benchmark has no parts.
+
+    The images of a part are those of the first run.
+    """
+    outcomes = [outcomes_of(Folder(run.path)) for _, run in results]
+    columns = [run.task.parts(own, run.settings["seed"]) for own, (_, run) in zip(outcomes, results, strict=True)]
+    part_of, images = groups_of(outcomes[0]), images_of(outcomes[0])
     groups = list(dict.fromkeys(group for parts in columns for group in parts))
     if len(groups) < 2:
         return None
     rows = []
     for group in groups:
         parts = [column.get(group) for column in columns]
-        rows.append((group, *(_number(part.value, ".1f", part.low, part.high) if part else _MISSING for part in parts)))
-    return Table(["", *(label for label, _ in results)], rows, title)
+        cells = [_number(part.value, ".1f", part.low, part.high) if part else _MISSING for part in parts]
+        rows.append((group, len({*images[part_of == group].tolist()}), *cells))
+    return Table(["", "images", *(label for label, _ in results)], rows, title)
 
 
 def find_results(paths: Sequence[Path]) -> tuple[list[Result], dict[Path, str]]:
@@ -258,7 +274,7 @@ def report(results: Sequence[Result]) -> Report:
     losses = {"failed": "samples failed", "unparsed": "answers unparsed", "excluded": "answers unmarked"}
     for count, what in losses.items():
         notes += [f"{row.folder}: {getattr(row, count)} {what}" for row in lines.values() if getattr(row, count)]
-    notes += [f"{row.folder}: {row.note}" for row in lines.values() if row.note]
+    notes += notes_on([replace(row, note=row.note and f"{row.folder}: {row.note}") for row in lines.values()])
     return Report(tuple(grid for grid in grids if grid.rows), tuple(lines.values()), tuple(notes))
 
 

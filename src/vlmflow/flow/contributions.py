@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio
 from vlmflow.flow.layers import Layers, halves, in_words, named_layers
-from vlmflow.flow.verdict import claim, figure_title, judged, judgements
+from vlmflow.flow.verdict import claim, figure_title, judged, judgements, title_with_intervals
 from vlmflow.records.schema import Claim, Estimate, StudyRow, StudySummary
 from vlmflow.records.table import Table
 
@@ -141,7 +141,7 @@ class ByLayer:
         """Draw Figures 2, 3 and 9."""
         from vlmflow.figures.analysis import by_layer, lengths
 
-        layers, title = summary.settings["examined"], figure_title(summary)
+        layers, title = summary.settings["examined"], title_with_intervals(summary)
         contributions = {
             "system tokens (S_sys)": "s_sys",
             "image tokens (S_img)": "s_img",
@@ -150,8 +150,8 @@ class ByLayer:
         flows = {"visual-textual (S_vt)": "s_vt", "intra-visual (S_vv)": "s_vv"}
         for stem, names in {"contributions": contributions, "flows": flows}.items():
             curves = {label: summary.measures[name] for label, name in names.items()}
-            by_layer(out / stem, layers, curves, "importance (mean over samples)", f"{title}, 95 % intervals")
-        lengths(out / "lengths", summary.lengths, title)
+            by_layer(out / stem, layers, curves, "importance (mean over samples)", title)
+        lengths(out / "lengths", summary.lengths, figure_title(summary))
         return ["contributions", "flows", "lengths"]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vlmflow.core.errors import typed_line
 from vlmflow.core.layout import SEGMENTS
-from vlmflow.core.statistics import Resampled, clusters_of
+from vlmflow.core.statistics import clusters_of, share
 from vlmflow.evaluate.evaluation import settings_of
 from vlmflow.evaluate.model_facts import ModelFacts
 from vlmflow.evaluate.shards import Shard, open_shards
@@ -101,6 +101,10 @@ class Study:
                 )
         return samples
 
+    def check(self, n_layers: int) -> None:
+        """A ``ValueError`` where the experiment's settings do not fit."""
+        self.experiment.settings(n_layers)
+
     def settings(self, facts: ModelFacts, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that the numbers depend on; two runs with the same settings give the same summary.
 
@@ -168,7 +172,6 @@ class Study:
                 f"{len(failed)} failed{reason}; take more samples, or others"
             )
         images = clusters_of([row.images for row in kept])
-        right = Resampled.means(np.array([float(row.right) for row in kept]), images, self.seed)
         summary = self.experiment.summary_type(
             settings=dict(settings),
             samples=StudyCounts(
@@ -179,7 +182,7 @@ class Study:
                 images=len({row.images for row in kept}),
             ),
             failed=failed,
-            right=right.interval(lambda mean: mean),
+            right=share(np.array([row.right for row in kept]), images),
             lengths={segment: [row.lengths[segment] for row in kept] for segment in SEGMENTS},
             **self.experiment.sum_up(kept, facts.layers, self.seed),
         )

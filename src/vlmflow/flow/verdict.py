@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmflow.core.statistics import LEVEL, Interval
+from vlmflow.core.statistics import LEVEL, Interval, too_few
 from vlmflow.records.schema import Claim, Hypothesis, Judgement, StudySummary
 
 HYPOTHESES = {
@@ -12,7 +12,6 @@ HYPOTHESES = {
     "H2": "in deeper layers image tokens aggregate the residual visual information among themselves",
 }
 _TOO_OFTEN_UNDEFINED = 1 - LEVEL
-_ENOUGH = 20  # images, for percentile intervals that can be believed
 
 
 def claim(text: str, number: Interval) -> Claim:
@@ -41,9 +40,9 @@ def in_markdown(summary: StudySummary, sections: Sequence[str]) -> str:
         f"# {settings['experiment'].capitalize()} of {settings['model']} on {settings['task']}\n\n"
         f"{counts.asked} samples: {counts.dropped} dropped, as they were answered right about a blank picture as "
         f"well, {counts.failed} failed, {counts.kept} kept, about {counts.images} images. Of those kept, the "
-        f"right answer's first token was the likeliest for {summary.right.text('.1%')}. Intervals are 95 % "
-        "bootstraps over images"
-        + (f", and from fewer than {_ENOUGH} they are too narrow." if counts.images < _ENOUGH else ".")
+        f"right answer's first token was the likeliest for {summary.right.text('.1%')}. Intervals are of 95 % over "
+        + (too_few(counts.images) or "images")
+        + ": Wilson's for shares of right answers, else bootstraps."
     )
     return "\n\n".join([opening, *sections]) + "\n"
 
@@ -65,3 +64,9 @@ def judgements(summary: StudySummary) -> list[str]:
 def figure_title(summary: StudySummary) -> str:
     """What stands above a study's figures."""
     return f"{summary.settings['model']} on {summary.settings['task']}, {summary.samples.kept} samples"
+
+
+def title_with_intervals(summary: StudySummary) -> str:
+    """The same above figures that show intervals."""
+    few = too_few(summary.samples.images)
+    return f"{figure_title(summary)}, 95 % intervals" + (few and f"\nover {few}")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from vlmflow.core.statistics import Resampled, Statistic, clusters_of, log_ratio
+from vlmflow.core.statistics import Interval, Resampled, Statistic, clusters_of, log_ratio, share
 from vlmflow.flow.layers import Layers, halves, in_words, named_layers
-from vlmflow.flow.verdict import claim, figure_title, judged, judgements
+from vlmflow.flow.verdict import claim, judged, judgements, title_with_intervals
 from vlmflow.records.schema import Claim, Estimate, StudyRow, StudySummary
 from vlmflow.records.table import Table
 
@@ -107,12 +107,17 @@ class ByWindow:
         """Means, E and D by each measure, and the paper's hypotheses by score consistency."""
         conditions, windows = self.conditions(n_layers), self.windows(n_layers)
         values = np.stack([_values(row, conditions) for row in rows])
-        means = Resampled.means(values, clusters_of([row.images for row in rows]), seed)
+        images = clusters_of([row.images for row in rows])
+        means = Resampled.means(values, images, seed)
         left = {measure: _Left(n, conditions) for n, measure in enumerate(MEASURES)}
+
+        def stays(measure: str, statistic: Statistic) -> Interval:
+            return means.interval(statistic) if measure == "score" else share(statistic(values), images)
+
         return {
             "consistency": {
                 measure: {
-                    path: [means.interval(of.left(path, end)) for end in ends(n_layers)] for path in (_VT, _RANDOM)
+                    path: [stays(measure, of.left(path, end)) for end in ends(n_layers)] for path in (_VT, _RANDOM)
                 }
                 for measure, of in left.items()
             },
@@ -160,7 +165,7 @@ class ByWindow:
         """Draw Figures 4 and 5."""
         from vlmflow.figures.analysis import consistencies, log_ratios
 
-        title, (first, last) = f"{figure_title(summary)}, 95 % intervals", summary.settings["ends"]
+        title, (first, last) = title_with_intervals(summary), summary.settings["ends"]
         panels = {
             f"{measure} consistency": {f"{path} flow": left for path, left in summary.consistency[measure].items()}
             for measure in ("label", "score")

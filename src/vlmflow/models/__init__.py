@@ -3,7 +3,15 @@
 from vlmflow.core.images import ImageError, open_image
 from vlmflow.models.ask import Run, ask
 from vlmflow.models.grids import patch_grids, seen_images
-from vlmflow.models.load import ModelWarning, device_named, dtype_named, load, load_geometry
+from vlmflow.models.load import (
+    ModelWarning,
+    config_commit,
+    device_named,
+    dtype_named,
+    load,
+    load_geometry,
+    read_attends,
+)
 from vlmflow.models.vlm import VLM, Answer, ModelError, Question
 
 __all__ = [
@@ -15,11 +23,13 @@ __all__ = [
     "Question",
     "Run",
     "ask",
+    "config_commit",
     "device_named",
     "dtype_named",
     "load",
     "load_geometry",
     "open_image",
     "patch_grids",
+    "read_attends",
     "seen_images",
 ]

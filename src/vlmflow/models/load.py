@@ -5,27 +5,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils import logging
 
 from vlmflow.core.errors import one_line, typed_line
 from vlmflow.core.geometry import GEOMETRIES, Geometry
+from vlmflow.core.hub import HubError, UnreachableError, ask
 from vlmflow.models.processors import load_processor, needs_own_code
-from vlmflow.models.vlm import VLM, ModelError
+from vlmflow.models.vlm import VLM, ModelError, attending_layers
 from vlmflow.pico import MODEL_DIR
 
-ANSWER_WITHIN = 8.0  # seconds that the hub has
 MOST_LAYERS = 1000  # no model is so deep
+MOST_WEIGHTS_A_BYTE = 8  # of a checkpoint's files; no way of packing weights comes near
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,8 +62,9 @@ def load(
     where = "auto" if device == "auto" else device_named(device)
     logging.disable_progress_bar()
     try:
-        _read_config(path, revision)
+        config = _read_config(path, revision)
         processor = load_processor(path, revision)
+        _check_size(path, config)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             revision=revision or "main",
@@ -89,8 +91,7 @@ def load(
 def _path(name: str, revision: str | None) -> str:
     """What transformers finds a model by: its folder, or its hub id where the hub answers.
 
-    Where it does not, the folder of what was downloaded before. transformers itself asks a hub that does not answer for
-    minutes, file by file.
+    Where it does not, the folder of what was downloaded before.
 
     Raises:
         ModelError: no such folder, no such model on the hub, or a hub that does not answer and nothing downloaded.
@@ -105,22 +106,17 @@ def _path(name: str, revision: str | None) -> str:
         raise ModelError(f"cannot load {name!r}: there is no such folder, and this is no hub id") from None
     if constants.HF_HUB_OFFLINE:
         return name
-    getLogger(__name__).warning("vlmflow: asking %s for %s", constants.ENDPOINT, name)
     try:
-        HfApi().model_info(name, revision=revision, timeout=ANSWER_WITHIN)
-    except HfHubHTTPError as error:  # it has answered: no such model or revision, or none for this user
-        raise ModelError(
-            f"cannot load {name!r}: there is no such folder, and {constants.ENDPOINT} says HTTP "
-            f"{error.response.status_code}; check the name and revision, or log in with `hf auth login`"
-        ) from error
-    except Exception as error:  # of whichever library carries the request
+        ask("model", name, revision)
+    except UnreachableError as error:
         try:
             return snapshot_download(name, revision=revision, local_files_only=True)
         except LocalEntryNotFoundError:
             raise ModelError(
-                f"cannot load {name!r}: there is no such folder, and {constants.ENDPOINT} cannot be reached "
-                f"({type(error).__name__}); check the name, or download the model first"
+                f"cannot load {name!r}: there is no such folder, and {error}; check the name, or download it first"
             ) from error
+    except HubError as error:
+        raise ModelError(f"cannot load {name!r}: there is no such folder, and {error}") from error
     return name
 
 
@@ -185,6 +181,24 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+def read_attends(name: str, revision: str | None = None) -> tuple[bool, ...]:
+    """Of each decoder layer of a model, whether it attends; from its config, before weights are loaded.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    path = _path(name, revision)
+    try:
+        return attending_layers(_read_config(path, revision))
+    except Exception as error:  # as in ``load``
+        raise ModelError(f"cannot load {name!r}: {_reason(name, error)}") from error
+
+
+def config_commit(name: str, revision: str | None = None) -> str | None:
+    """The hub's commit of a model's config, None where it comes from a folder; errors are as in ``load_geometry``."""
+    return getattr(_read_config(_path(name, revision), revision), "_commit_hash", None)
+
+
 def load_geometry(name: str, revision: str | None = None) -> Geometry:
     """What decides a model's cost, read from the config of a hub id, a local folder or ``pico``.
 
@@ -205,14 +219,34 @@ def _read_config(path: str, revision: str | None) -> Any:
     """A checkpoint's config; one whose depth no model has is refused: it would be built until all is full.
 
     Raises:
-        ModelError: such a depth.
+        ModelError: such a depth, or null for the text decoder, for which transformers takes one of 7 billion weights.
         Exception: whatever a broken config makes its readers run into.
     """
     config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    written, _ = PreTrainedConfig.get_config_dict(path, revision=revision or "main")
+    if written.get("text_config", {}) is None:
+        raise ModelError("text_config of its config is null, so nothing says what it is; get the checkpoint again")
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if depth is not None and not 0 < depth <= MOST_LAYERS:
         raise ModelError(f"its config names {depth!r:.20} decoder layers; get the checkpoint again")
     return config
+
+
+def _check_size(path: str, config: Any) -> None:
+    """Refuse a folder whose config is of a far larger model than its files: it would be made whole before it is missed.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    held = sum(file.stat().st_size for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
+    if not held:
+        return
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in AutoModelForImageTextToText.from_config(config).parameters())
+    if weights > MOST_WEIGHTS_A_BYTE * held:
+        raise ModelError(
+            f"its config makes {weights:,} weights, too many for files of {decimal(held)}; get the checkpoint again"
+        )
 
 
 def _reason(name: str, error: Exception) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vlmflow.core.errors import typed_line
 from vlmflow.engine.target import RECURRENT
 
 BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}  # inputs with a number a token
@@ -57,8 +58,7 @@ class VLM:
     @property
     def attends(self) -> tuple[bool, ...]:
         """Of each decoder layer, whether it attends; the others are recurrent."""
-        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or [""] * self.n_layers
-        return tuple(kind not in RECURRENT for kind in kinds)
+        return attending_layers(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -70,18 +70,15 @@ class VLM:
         """A left-padded batch of prompts, images before text, on the model's device.
 
         Raises:
-            ModelError: a prompt of more tokens than the model has positions, behind which it answers nonsense.
+            ModelError: a prompt of more tokens than the model has positions, behind which it answers nonsense, or one
+                on which the processor fails.
         """
-        seeing = [question for question in questions if question.images]
-        blind = [question for question in questions if not question.images]
-        if not blind:
-            batch = self._encode_images(seeing)
-        elif not seeing:
-            batch = self._encode_text(blind)
-        else:  # apart, since some processors refuse a prompt without images, or misplace its start, in such a batch
-            has_images = torch.tensor([bool(question.images) for question in questions])
-            padding = self.processor.tokenizer.pad_token_id
-            batch = _interleave(self._encode_images(seeing), self._encode_text(blind), has_images, padding)
+        try:
+            batch = self._batch(questions)
+        except (ValueError, TypeError, OSError):
+            raise
+        except Exception as error:  # whatever nonsense in its settings makes it run into
+            raise ModelError(f"its processor fails ({typed_line(error)}); get the checkpoint again") from error
         longest = int(batch["attention_mask"].sum(1).max())
         positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if positions is not None and longest > positions:
@@ -91,6 +88,18 @@ class VLM:
             )
         dtype = self.model.dtype
         return {key: t.to(self.device, dtype if t.is_floating_point() else t.dtype) for key, t in batch.items()}
+
+    def _batch(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        seeing = [question for question in questions if question.images]
+        blind = [question for question in questions if not question.images]
+        if not blind:
+            return self._encode_images(seeing)
+        if not seeing:
+            return self._encode_text(blind)
+        # apart, since some processors refuse a prompt without images, or misplace its start, in such a batch
+        has_images = torch.tensor([bool(question.images) for question in questions])
+        padding = self.processor.tokenizer.pad_token_id
+        return _interleave(self._encode_images(seeing), self._encode_text(blind), has_images, padding)
 
     def _encode_images(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
         prompts = [self._prompt(question) for question in questions]
@@ -140,6 +149,13 @@ class VLM:
     def _end_ids(self) -> list[int]:
         ends, padding = self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id
         return [token for token in [*(ends if isinstance(ends, list) else [ends]), padding] if token is not None]
+
+
+def attending_layers(config: Any) -> tuple[bool, ...]:
+    """Of each decoder layer that a model's config names, whether it attends; the others are recurrent."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return tuple(kind not in RECURRENT for kind in kinds)
 
 
 class FiniteLogits(LogitsProcessor):

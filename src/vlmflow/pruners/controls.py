@@ -41,6 +41,8 @@ class Random(Pruner):
     def __post_init__(self):
         check_layer(self, "k", self.k)
         check_share(self, "ratio", self.ratio)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"Random: seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r:.40}")
 
     def stages(self, n_layers: int, n_image: int) -> tuple[Stage, ...]:
         """One drop."""

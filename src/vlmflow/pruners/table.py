@@ -94,7 +94,7 @@ def _parse(name: str, field: str, kind: Any, text: str) -> Any:
     try:
         return read(text)
     except ValueError:
-        raise ValueError(f"pruner {name}: {field} must be {wanted}, got {text!r}") from None
+        raise ValueError(f"pruner {name}: {field} must be {wanted}, got {text!r:.80}") from None
 
 
 def _flag(text: str) -> bool:

@@ -150,6 +150,7 @@ class PriceRecord:
     cost: CostRecord
     vision_flops: int | None = None
     projector_flops: int | None = None
+    commit: str | None = None  # the hub's, of the model's config
     format: int = FORMAT
 
 
@@ -201,6 +202,7 @@ class BenchRecord:
     versions: Versions
     points: list[BenchPoint]
     commit: str | None = None  # the hub's, of the model
+    questions: dict[str, str] = field(default_factory=dict)  # where they came from, with the hub's commit
     format: int = FORMAT
 
 
@@ -209,7 +211,7 @@ class Line:
     """One run as a line of a long table; None where there is nothing to say.
 
     Costs are means over samples, shares and FLOPs those of the prefill by both conventions; ``difference`` is the
-    figure minus the unpruned run's.
+    figure minus the unpruned run's, and ``images`` those that the figure's interval is over.
     """
 
     model: str
@@ -238,6 +240,7 @@ class Line:
     unparsed: int = 0
     excluded: int = 0
     note: str = ""
+    images: int | None = None
 
 
 @dataclass(frozen=True)

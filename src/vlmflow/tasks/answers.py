@@ -70,8 +70,9 @@ def _alone(text: str, known: str) -> str | None:
 def _declared(text: str, sample: Sample) -> set[str]:
     """The letters that are said to be the answer: the final ones, else all of them, else the one that heads the text.
 
-    Small letters count in brackets or at a sentence's end only, as "a" is a word. "B or C" and "B. a dog, C. a bus"
-    declare two.
+    It heads it alone on the first line, or with its reason ("D because A is wrong", "D - a house", "D is correct"),
+    where no other one has a reason too and the text holds no other choice's words. Small letters count in brackets or
+    at a sentence's end only, as "a" is a word. "B or C" and "B. a dog, C. a bus" declare two.
     """
     known = sample.letters
     if {choice.upper() for choice in sample.choices} & set(known):
@@ -88,8 +89,13 @@ def _declared(text: str, sample: Sample) -> set[str]:
     if stated:
         return {named.upper() for _, *both in stated for named in both if named}
     heading, *others = text.splitlines() or [""]
-    head = _alone(heading, known)
-    return {head} if head and not any(_alone(line, known) for line in others) else set()
+    if head := _alone(heading, known):
+        return {head} if not any(_alone(line, known) for line in others) else set()
+    reason = rf",? +(?:because|since|as)\b| +[-—] +(?![{known}]\b)| +is +(?:the +)?(?:correct|right|best)\b(?! +of\b)"
+    reasoned = re.findall(rf"(?<![\w'])[(\[*\"']*([{known}])[)\]*\"']*(?={reason})", text)
+    first = re.match(rf"[(\[*\"']*([{known}])\b", text)
+    alone = first is not None and set(reasoned) == {first[1]}
+    return {*reasoned} if alone and _choice_in_words(text, sample) in (None, *reasoned) else set()
 
 
 def _choice_in_words(text: str, sample: Sample) -> str | None:
@@ -169,7 +175,25 @@ def yes_no_strict(text: str, sample: Sample) -> str | None:
     return said if said in ("yes", "no") else None
 
 
-YES_NO_RULES: dict[str, Rule] = {"words": yes_no, "official": yes_no_official, "strict": yes_no_strict}
+def yes_no_declared(text: str, sample: Sample) -> str | None:
+    """What is declared to be the answer, or heads the text as a word of its own, else as ``yes_no`` has it.
+
+    "Yes, there is no doubt." is yes. Two that are declared, and "Yes or no" and the like, give None.
+    """
+    head = re.match(r"\W*(yes|no)\b(?=\W*\Z|\W*\n|[*\"')\]]*[.,:;!])(?!\W*(?:or|and|yes|no)\b)", text, re.IGNORECASE)
+    declared = re.findall(rf"{_STATED}(?i:(yes|no))\b(?!\W*(?i:or|and|yes|no)\b)", text)
+    said = {word.casefold() for _, word in declared} or {head[1].casefold()} if head or declared else set()
+    if said:
+        return said.pop() if len(said) == 1 else None
+    return yes_no(text, sample)
+
+
+YES_NO_RULES: dict[str, Rule] = {
+    "words": yes_no,
+    "official": yes_no_official,
+    "strict": yes_no_strict,
+    "declared": yes_no_declared,
+}
 
 
 # -- free text

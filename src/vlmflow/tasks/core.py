@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar
+from vlmflow.core.statistics import Interval, Resampled, clusters_of, mcnemar, share
 from vlmflow.tasks.answers import Rule, words
 from vlmflow.tasks.prompts import SAME_TEXT, Prompt
 from vlmflow.tasks.sample import Sample, TaskError
@@ -102,8 +102,10 @@ class Metric:
         chosen = chosen & self.counted
         if not chosen.any():
             return None
-        columns = np.stack([self.numerator[chosen], self.denominator[chosen]], 1)
-        return Resampled.sums(columns, images[chosen], seed).interval(_ratio).times(self.scale)
+        scores, weights = self.numerator[chosen], self.denominator[chosen]
+        if _right_or_wrong(scores, weights):
+            return share(scores, images[chosen]).times(self.scale)
+        return Resampled.sums(np.stack([scores, weights], 1), images[chosen], seed).interval(_ratio).times(self.scale)
 
 
 def right(parsed: str | None, sample: Sample) -> float:
@@ -167,14 +169,15 @@ class Task:
             raise TaskError(f"{self.name}: no samples in {self.describe(source)}")
         return samples
 
-    def describe(self, source: Source | None = None) -> dict[str, str]:
-        """What a source means for this task, for records."""
+    def describe(self, source: Source | None = None, samples: Sequence[Sample] = ()) -> dict[str, str]:
+        """What a source means for this task, for records; with its samples also the commit that they are of."""
         source = source or Source()
         where: dict[str, object] = {"path": source.path, "images": source.images, "split": source.split}
         if source.path is None and self.hub:
             hub = self.hub.resolve(source)
             where = {"dataset": hub.id, "config": hub.config, "images": source.images, "split": hub.split}
-        return {name: str(value) for name, value in {**where, "revision": source.revision}.items() if value is not None}
+        where |= {"revision": source.revision, "commit": next((sample.commit for sample in samples), None)}
+        return {name: str(value) for name, value in where.items() if value is not None}
 
     def marked_by(self) -> Rubric:
         """The rubric by which a judge marks the answers, or a ``TaskError`` where none is needed."""
@@ -207,14 +210,14 @@ class Task:
         return Outcome(sample, answer, parsed, self.score(parsed, sample), verdict)
 
     def metric(self, outcomes: Sequence[Outcome], seed: int = 0) -> dict[str, Any]:
-        """The figure with its 95 % interval (bootstrap over images), its counts and its details.
+        """The figure with its 95 % interval over images (a share's, else a bootstrap's), its counts and its details.
 
         ``unparsed`` answers count as wrong; ``excluded`` ones, on which no judgement came, are left out. Where
         nothing is left, value and interval are None.
         """
         if not outcomes:
             raise TaskError(f"{self.name}: no answers to measure")
-        metric, images = self.measure(outcomes), _images(outcomes)
+        metric, images = self.measure(outcomes), images_of(outcomes)
         counted = metric.counted
         estimate = metric.estimate(counted, images, seed)
         return {
@@ -236,7 +239,7 @@ class Task:
         """
         if not outcomes:
             return {}
-        metric, images, groups = self.measure(outcomes), _images(outcomes), groups_of(outcomes)
+        metric, images, groups = self.measure(outcomes), images_of(outcomes), groups_of(outcomes)
         return {name: metric.estimate(groups == name, images, seed) for name in dict.fromkeys(groups.tolist())}
 
     def compare(self, first: Sequence[Outcome], second: Sequence[Outcome], seed: int = 0) -> dict[str, Any]:
@@ -259,8 +262,8 @@ class Task:
         a, b = self.measure(first), self.measure([by_id[key] for key in ids])
         both = a.counted & b.counted
         pair = [(metric.numerator[both], metric.denominator[both]) for metric in (a, b)]
-        images = _images(first)[both]
-        binary = all(np.isin(top, (0, 1)).all() and (bottom == 1).all() for top, bottom in pair)
+        images = images_of(first)[both]
+        binary = all(_right_or_wrong(top, bottom) for top, bottom in pair)
         record = {
             "task": self.name,
             "figure": a.name,
@@ -283,6 +286,11 @@ class Task:
 open_task = partial(Task, rules={"text": words}, score=unscored, preset="caption")
 
 
+def _right_or_wrong(scores: np.ndarray, weights: np.ndarray) -> bool:
+    """Whether each outcome counts once, as right or as wrong."""
+    return bool(np.isin(scores, (0, 1)).all() and (weights == 1).all())
+
+
 def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
@@ -302,8 +310,8 @@ def marks_of(outcomes: Sequence[Outcome], count: int) -> np.ndarray:
     return np.array([outcome.verdict or [np.nan] * count for outcome in outcomes], float).T
 
 
-def _images(outcomes: Sequence[Outcome]) -> np.ndarray:
-    """A number for each outcome's images: what the bootstrap draws, as questions about one image go together."""
+def images_of(outcomes: Sequence[Outcome]) -> np.ndarray:
+    """A number for each outcome's images, by which intervals go, as questions about one image go together."""
     samples = [outcome.sample for outcome in outcomes]
     return clusters_of([tuple(picture.name for picture in sample.images) or sample.id for sample in samples])
 

@@ -55,7 +55,8 @@ class Sample:
 
     ``answer`` is the right one as the answer rules give it (a letter, a word), ``references`` further texts it is
     compared with (captions), ``context`` what belongs to the question without being it (a hint; for a judge, the
-    image in words), ``group`` the part of the benchmark, ``origin`` the file and row, for errors.
+    image in words), ``group`` the part of the benchmark, ``origin`` the file and row, for errors, ``commit`` the hub's
+    of its data set.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Sample:
     context: str = ""
     group: str = ""
     origin: str = field(default="", compare=False)
+    commit: str | None = field(default=None, compare=False)
 
     @property
     def digest(self) -> str:

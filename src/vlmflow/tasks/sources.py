@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from vlmflow.core.errors import typed_line
+from vlmflow.core.hub import HubError, UnreachableError, ask
 from vlmflow.records.files import parse_json, read_text
 from vlmflow.tasks.sample import LETTERS, Picture, Sample, TaskError
 
@@ -54,11 +57,15 @@ class Hub:
 
 @dataclass(frozen=True)
 class Record:
-    """One record and its place, so that an error can name both; ``picture`` where the record itself holds one."""
+    """One record and its place, so that an error can name both; ``picture`` where the record itself holds one.
+
+    ``commit`` is the hub's of the data set.
+    """
 
     origin: str
     fields: Mapping[str, Any]
     picture: Picture | None = None
+    commit: str | None = None
 
     def text(self, name: str, default: str | None = None) -> str:
         """A text or number as text; ``default`` where it is missing or null."""
@@ -109,7 +116,7 @@ class Record:
         """The record as a sample about the image that it holds."""
         if self.picture is None:
             raise TaskError(f"{self.origin}: no image")
-        return Sample(key, (self.picture,), origin=self.origin, **fields)
+        return Sample(key, (self.picture,), origin=self.origin, commit=self.commit, **fields)
 
     def with_image(self, folders: Sequence[Path], name: str) -> Record:
         """The record with an image file (see ``image_in``)."""
@@ -248,7 +255,7 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
     hub = hub.resolve(source)
     name = f"{hub.id} ({hub.config or 'default'}, {hub.split})"
     try:
-        table = _load(datasets.load_dataset, hub, source.revision)
+        table = _load(datasets, hub, source.revision)
     except Exception as error:  # the hub client raises what it likes: network, id, configuration, file format
         raise TaskError(
             f"{name}: cannot be loaded ({typed_line(error)}); without a network, give a local copy"
@@ -257,24 +264,50 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
         raise TaskError(f"{name}: split must name one split")
     if "image" not in table.column_names:
         raise TaskError(f"{name}: column 'image' is missing (there are: {', '.join(table.column_names)})")
+    commit = _commit(table)
     images = table.cast_column("image", datasets.Image(decode=False)).select_columns("image")
     records = cast(Iterable[dict[str, Any]], table.remove_columns("image"))
     for number, fields in enumerate(records):
         picture = None
         if images.data.column("image")[number].is_valid:
             picture = Picture(str(fields.get(image_name or "", f"row {number}")), partial(_hub_image, images, number))
-        yield Record(f"{name}, row {number}", {**fields, "row": number}, picture)
+        yield Record(f"{name}, row {number}", {**fields, "row": number}, picture, commit)
 
 
-def _load(load_dataset: Callable[..., Any], hub: Hub, revision: str | None) -> Any:
+def _load(datasets: Any, hub: Hub, revision: str | None) -> Any:
     """The data set by its id, else by its former one: what the hub has, or without a network, what was downloaded."""
-    load = partial(load_dataset, name=hub.config, split=hub.split, revision=revision)
+    load = partial(datasets.load_dataset, name=hub.config, split=hub.split, revision=revision)
+    with _offline_unless_reached(datasets, hub.id, revision):
+        try:
+            return load(hub.id)
+        except (FileNotFoundError, ConnectionError):
+            if hub.former is None:
+                raise
+            return load(hub.former)
+
+
+@contextmanager
+def _offline_unless_reached(datasets: Any, name: str, revision: str | None) -> Iterator[None]:
+    """Keep datasets from asking for minutes a hub that does not answer."""
+    before = datasets.config.HF_HUB_OFFLINE
+    if not before and not Path(name).is_dir():
+        try:
+            ask("dataset", name, revision)
+        except UnreachableError:
+            datasets.config.HF_HUB_OFFLINE = True
+        except HubError:
+            pass  # it may have moved
     try:
-        return load(hub.id)
-    except (FileNotFoundError, ConnectionError):
-        if hub.former is None:
-            raise
-        return load(hub.former)
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _commit(table: Any) -> str | None:
+    """The hub's commit that a data set's files are of; None for a folder's."""
+    files = " ".join(table.info.download_checksums or ())
+    found = re.search(r"hf://datasets/[^@ ]+@([0-9a-f]{40})/", files)
+    return found and found[1]
 
 
 def _hub_image(images: Any, number: int) -> Path | bytes:
