@@ -3,9 +3,9 @@
 import math
 from pathlib import Path
 
-import oracles
 import pytest
 
+import oracles
 from vlmflow.evaluate.rows import Row, rows_of
 from vlmflow.evaluate.tables import Result, budget_grid, line_of, report, table_of
 from vlmflow.records.folder import Folder

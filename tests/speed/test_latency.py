@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import oracles
 from vlmflow import VTW, FastV, HiMAP, attach
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
