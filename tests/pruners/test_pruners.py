@@ -84,6 +84,8 @@ class Greedy(Pruner):
         (lambda: HiMAP(r2=-0.1), "HiMAP: r2 .* got -0.1"),
         (lambda: HiMAP(r1=math.nan), "HiMAP: r1 .* got nan"),
         (lambda: HiMAP(k1=0), "HiMAP: k1 must be a whole number of at least 1"),
+        (lambda: HiMAP(k2=0), r"HiMAP: k2 must be a whole number of at least 1 \(layer 0 always .*, got 0"),
+        (lambda: FastV(ratio=False), r"FastV: ratio must be a share in \[0, 1\), got False"),
         (lambda: HiMAP(k1=8, k2=8), r"HiMAP: layers must increase .* got \[8, 8\]"),
         (lambda: PyramidDrop((8, 4)), r"PyramidDrop: layers must increase .* got \[8, 4\]"),
         (lambda: Greedy().checked_stages(4, 576), r"Greedy\(\): keep must be a count of image tokens .* got -1"),
