@@ -382,28 +382,37 @@ G2 = Geometry(hidden=10, intermediate=7, layers=2, heads=2, kv_heads=1, head_dim
     [
         (
             lambda: cost.paper_flops(G2, (3, 2, 1)),
-            "wanted a schedule of 2 counts, one per decoder layer, got 3",
+            r"decoder layer, got 3; make_schedule\(layers, image_tokens, drops\) builds one$",
         ),
         (lambda: cost.prefill_flops(G2, (3, -1), 4), "wanted counts of at least 0, got -1"),
         (lambda: cost.kv_bytes(G2, (3, 1), -4), "wanted counts of at least 0, got -4"),
-        (lambda: cost_of(G2, (3, 4), 1), "wanted at most 3 image tokens in layer 1, got 4"),
+        (
+            lambda: cost_of(G2, (3, 4), 1),
+            "wanted at most 3 image tokens in layer 1, got 4; a schedule never rises: dropped",
+        ),
         (lambda: cost.decode_flops(G2, (3, 3), 1, step=0), "wanted a step of at least 1, got 0"),
         (lambda: cost.kv_bytes(G2, (3, 3), 1, dtype_bytes=0), "^kv_bytes: wanted decoded >= 0 and .* got 0 and 0; bf"),
         (lambda: cost_of(G2, (3, 3), 1, image_tokens=2), "wanted image_tokens of at least 3, got 2"),
         (lambda: cost_of(G2, (3, 3), 1, grids=[(2, 2)]), "wanted a geometry with a vision tower"),
         (lambda: cost_of(G2, (3, 1), 1, scores=[Score(2, 1, 1)]), "wanted a layer in 0 to 1, got Score"),
-        (lambda: cost_of(G2, (3, 1), 1, scores=[Score(1, 1, 3)]), "wanted 0 to 2 tokens"),
+        (
+            lambda: cost_of(G2, (3, 1), 1, scores=[Score(1, 1, 3)]),
+            "0 to 2 tokens, .*; count one sample's own tokens, padding left out",
+        ),
         (lambda: cost_of(G2, (3, 1), 1, scores=[Score(1, 1, 5, peek=4)]), "wanted 0 to 4 tokens"),
         (
             lambda: make_schedule(4, 9, ((2, 5), (1, 3))),
-            "rise from one drop to the next and stay below 4, got 1",
+            "rise from one drop to the next and stay below 4, got 1 after 2; order the drops by layer",
         ),
         (lambda: make_schedule(4, 9, ((4, 5),)), "stay below 4, got 4 after -1"),
         (
             lambda: make_schedule(4, 9, ((1, 5), (2, 6))),
-            "wanted 0 to 5 image tokens to keep before layer 2, got 6",
+            "to keep before layer 2, got 6; keep is a count that stays, not a share",
         ),
-        (lambda: geometry_named("llava-7b"), "wanted one of llava-1.5-7b, .*, got 'llava-7b'"),
+        (
+            lambda: geometry_named("llava-7b"),
+            r"one of llava-1.5-7b, .*, got 'llava-7b'; use Geometry.from_config\(config\) for other",
+        ),
     ],
 )
 def test_errors_say_what_was_wanted(call, message: str) -> None:

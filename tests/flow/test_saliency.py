@@ -330,7 +330,7 @@ def test_bad_inputs_are_refused():
     with pytest.raises(ValueError, match="leave position_ids out"):
         saliency(small.model, {**batch, "position_ids": position_ids}, [[5, 6], [7]], over="mean")
     training = copy.deepcopy(small.model).train()
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(ValueError, match="the model is in training mode, where dropout would blur it"):
         saliency(training, batch, 7)
 
 

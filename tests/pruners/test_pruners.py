@@ -92,6 +92,7 @@ class Greedy(Pruner):
         (lambda: kept_after(576, 1.5), r"share_dropped must be in \[0, 1\], got 1.5"),
         (lambda: FastV().checked_stages(2, 576), r"FastV.*: prunes before layer 2, .* layers 1 to 1"),
         (lambda: HiMAP.preset("qa", 2), "at least 3 layers"),
+        (lambda: HiMAP().fitted([False] * 8 + [True]), "too few of 9 layers attend to rank for each of its stages"),
         (lambda: HiMAP.budget(36, 32, 576), "above 36 and at most 576"),
         (lambda: HiMAP.budget(577, 32, 576), "above 36 and at most 576"),
         (lambda: make_pruner("himapp", {}, 32), "unknown pruner 'himapp'; choose from none, himap"),
