@@ -149,6 +149,20 @@ class TestLeavesNothing:
         assert [name for name, refs in seen.items() if any(ref() is not None for ref in refs)] == []
         assert [len(kept) for kept in trace.kept[5]] == list(trace.image_tokens[5])
 
+    def test_decoding_keeps_as_many_tensors_after_twenty_steps_as_after_five(self, llava, batch):
+        """Padded ones: of the masks of earlier steps, and what was made of them, none is left."""
+        mask, alive = batch["attention_mask"], []
+        with prune(llava.model, HIMAP), torch.no_grad():
+            out = llava.model(**batch, use_cache=True)
+            for steps in (5, 15):
+                for _ in range(steps):
+                    token = out.logits[:, -1:].argmax(-1)
+                    mask = torch.cat([mask, torch.ones_like(token)], 1)
+                    out = llava.model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
+                gc.collect()
+                alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+        assert alive[0] == alive[1]
+
     def test_nothing_is_kept_alive(self, batch):
         model = copy.deepcopy(tiny.build("llava").model)
         with prune(model, HIMAP):
