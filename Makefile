@@ -4,7 +4,10 @@ BIN := $(VENV)/bin
 COMPAT := 5.0.0 5.12.1 5.23.0
 LAWS := tests/engine tests/families tests/models/test_checkpoints.py
 
-.PHONY: demo test lint types tests fuzz compat lmms bench results pages gpu pico clean
+SAMPLE ?= 200
+SEED ?= 0
+
+.PHONY: demo test lint types tests fuzz mutants compat lmms bench results pages gpu pico clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded model
 	$(BIN)/vlmflow demo
@@ -24,6 +27,15 @@ tests: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed  ## seeded cases of bad input: each works or is refused in a line, at once, with no half-written file
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz.fuzz --cases 500
+
+mutants: $(VENV)-mutants/.installed  ## a seeded sample of small faults in the source, which the tests must notice
+	$(<D)/bin/python -m tests.mutants.run --rooms core,pruners,engine --sample $(SAMPLE) --seed $(SEED)
+	$(<D)/bin/python -m tests.mutants.run --rooms flow,evaluate --sample $(SAMPLE) --seed $(SEED)
+
+$(VENV)-mutants/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]" mutmut==3.8.1
+	touch $@
 
 compat: $(COMPAT:%=compat-%)  ## the engine's laws and whole checkpoints on the oldest, a middle and the newest transformers
 
@@ -75,4 +87,4 @@ gpu: $(VENV)/.installed  ## proofs and figures on a GPU, and their part of docs/
 	$(BIN)/python -m docs.make.performance
 
 clean:
-	rm -rf $(VENV) $(VENV)-lmms $(COMPAT:%=$(VENV)-compat-%) build dist
+	rm -rf $(VENV) $(VENV)-lmms $(VENV)-mutants $(COMPAT:%=$(VENV)-compat-%) build dist

@@ -2,14 +2,16 @@
 
 A dropped token stays in the sequence and is masked as a key from its layer on; nothing is ever removed. The
 models are unmodified Hugging Face models with ``attn_implementation="eager"``; hooks placed here live for one
-call.
+call. The statistics at the end are loops over rows, on Python's own numbers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -222,3 +224,50 @@ def share_interval(rows: list[tuple[str, int]]) -> tuple[float, float]:
                 outside, inside = (outside, middle) if reached(middle) else (middle, inside)
         ends.append(share if share == outside else inside)
     return ends[0], ends[1]
+
+
+# -- statistics: whole clusters are drawn anew, row by row, and nothing is summed beforehand
+
+Row = Sequence[float]
+
+
+def resamples(rows: Sequence[Row], clusters: Sequence[object], seed: int, count: int = 2000) -> list[list[Row]]:
+    """The rows of each resample: as many clusters as there are, drawn with replacement, each with all its rows."""
+    names = sorted(set(clusters))
+    drawn = np.random.default_rng(seed).integers(len(names), size=(count, len(names))).tolist()
+    members = {name: [row for row, cluster in zip(rows, clusters, strict=True) if cluster == name] for name in names}
+    return [[row for number in numbers for row in members[names[number]]] for numbers in drawn]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of what is there; nan where nothing is."""
+    there = [value for value in values if not math.isnan(value)]
+    return sum(there) / len(there) if there else math.nan
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one, or halfway between the two in the middle."""
+    ranked, half = sorted(values), len(values) // 2
+    return ranked[half] if len(ranked) % 2 else (ranked[half - 1] + ranked[half]) / 2
+
+
+def quotient(over: float, under: float) -> float:
+    """A ratio that is not defined where its denominator is 0."""
+    return over / under if under else math.nan
+
+
+def middle_95(found: Sequence[float]) -> tuple[float, float, float]:
+    """The 2.5th and the 97.5th percentile of what is defined, and the share of what is not."""
+    ranked = sorted(value for value in found if not math.isnan(value))
+    ends = []
+    for share in (0.025, 0.975):
+        below, rest = divmod(share * (len(ranked) - 1), 1)
+        ends.append(ranked[int(below)] + rest * (ranked[math.ceil(below + rest)] - ranked[int(below)]))
+    return ends[0], ends[1], 1 - len(ranked) / len(found)
+
+
+def two_sided_p(found: Sequence[float]) -> float:
+    """Twice the smaller share on a side of 0, the value itself counted as one resample on either; at most 1."""
+    defined = [value for value in found if not math.isnan(value)]
+    smaller = min(sum(value <= 0 for value in defined), sum(value >= 0 for value in defined))
+    return min(1.0, 2 * (smaller + 1) / (len(defined) + 1))

@@ -260,8 +260,10 @@ def test_exact_flops_by_hand() -> None:
     full = 2 * 8 * weights + 4 * 10 * 64 + 2 * 6 * weights + 4 * 10 * 36
     assert cost.prefill_flops(geometry, (3, 1), 5) == full + 2 * 10 * 9
     assert cost.prefill_flops(geometry, (3, 1), 5, logits=8) == full + 8 * 2 * 10 * 9
+    assert cost_of(geometry, (3, 1), 5).pruned.exact_flops == full + 2 * 10 * 9
     causal = 2 * 8 * weights + 4 * 10 * 36 + 2 * 6 * weights + 4 * 10 * 21
     assert cost.prefill_flops(geometry, (3, 1), 5, attention="causal", logits=0) == causal
+    assert cost_of(geometry, (3, 1), 5, attention="causal", logits=0).pruned.exact_flops == causal
     assert cost.decode_flops(geometry, (3, 1), 5, step=2) == 4 * weights + 4 * 10 * (10 + 8) + 2 * 10 * 9
     assert cost.kv_bytes(geometry, (3, 1), 5, decoded=4, dtype_bytes=2) == (12 * 20, 10 * 20)
     plain = replace(geometry, gated=False)
@@ -365,6 +367,7 @@ def test_costs_add_over_samples() -> None:
 def test_pruning_before_the_decoder_is_priced_against_all_image_tokens() -> None:
     geometry = GEOMETRIES["llava-1.5-7b"]
     price = cost_of(geometry, (64,) * 32, 60, image_tokens=576)
+    assert price.vision_flops == price.projector_flops == cost_of(G2, (3, 1), 1).projector_flops == 0
     assert price.table()["mean_image_tokens"] == (576, 64, 1 / 9)
 
 
@@ -379,28 +382,37 @@ G2 = Geometry(hidden=10, intermediate=7, layers=2, heads=2, kv_heads=1, head_dim
     [
         (
             lambda: cost.paper_flops(G2, (3, 2, 1)),
-            "wanted a schedule of 2 counts, one per decoder layer, got 3",
+            r"decoder layer, got 3; make_schedule\(layers, image_tokens, drops\) builds one$",
         ),
         (lambda: cost.prefill_flops(G2, (3, -1), 4), "wanted counts of at least 0, got -1"),
         (lambda: cost.kv_bytes(G2, (3, 1), -4), "wanted counts of at least 0, got -4"),
-        (lambda: cost_of(G2, (3, 4), 1), "wanted at most 3 image tokens in layer 1, got 4"),
+        (
+            lambda: cost_of(G2, (3, 4), 1),
+            "wanted at most 3 image tokens in layer 1, got 4; a schedule never rises: dropped",
+        ),
         (lambda: cost.decode_flops(G2, (3, 3), 1, step=0), "wanted a step of at least 1, got 0"),
-        (lambda: cost.kv_bytes(G2, (3, 3), 1, dtype_bytes=0), "got 0 and 0"),
+        (lambda: cost.kv_bytes(G2, (3, 3), 1, dtype_bytes=0), "^kv_bytes: wanted decoded >= 0 and .* got 0 and 0; bf"),
         (lambda: cost_of(G2, (3, 3), 1, image_tokens=2), "wanted image_tokens of at least 3, got 2"),
         (lambda: cost_of(G2, (3, 3), 1, grids=[(2, 2)]), "wanted a geometry with a vision tower"),
         (lambda: cost_of(G2, (3, 1), 1, scores=[Score(2, 1, 1)]), "wanted a layer in 0 to 1, got Score"),
-        (lambda: cost_of(G2, (3, 1), 1, scores=[Score(1, 1, 3)]), "wanted 0 to 2 tokens"),
+        (
+            lambda: cost_of(G2, (3, 1), 1, scores=[Score(1, 1, 3)]),
+            "0 to 2 tokens, .*; count one sample's own tokens, padding left out",
+        ),
         (lambda: cost_of(G2, (3, 1), 1, scores=[Score(1, 1, 5, peek=4)]), "wanted 0 to 4 tokens"),
         (
             lambda: make_schedule(4, 9, ((2, 5), (1, 3))),
-            "rise from one drop to the next and stay below 4, got 1",
+            "rise from one drop to the next and stay below 4, got 1 after 2; order the drops by layer",
         ),
         (lambda: make_schedule(4, 9, ((4, 5),)), "stay below 4, got 4 after -1"),
         (
             lambda: make_schedule(4, 9, ((1, 5), (2, 6))),
-            "wanted 0 to 5 image tokens to keep before layer 2, got 6",
+            "to keep before layer 2, got 6; keep is a count that stays, not a share",
         ),
-        (lambda: geometry_named("llava-7b"), "wanted one of llava-1.5-7b, .*, got 'llava-7b'"),
+        (
+            lambda: geometry_named("llava-7b"),
+            r"one of llava-1.5-7b, .*, got 'llava-7b'; use Geometry.from_config\(config\) for other",
+        ),
     ],
 )
 def test_errors_say_what_was_wanted(call, message: str) -> None:

@@ -89,5 +89,5 @@ def test_a_prompt_with_a_past_is_not_priced():
         cache = small.model(**sample, use_cache=True).past_key_values
         more = {key: value for key, value in sample.items() if key != "attention_mask"}
         small.model(**more, past_key_values=cache)
-        with pytest.raises(ValueError, match="empty cache"):
+        with pytest.raises(ValueError, match="only a prompt read into an empty cache can be priced"):
             trace.cost()

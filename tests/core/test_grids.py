@@ -23,6 +23,25 @@ def test_shapes_are_those_of_whole_images(n_pictures: int, grids: Grids | None):
     assert by_shape(inputs, config(downsample_factor=2), 11, n_pictures) == grids
 
 
+MERGED, PATCHED = {"spatial_merge_size": 2}, {"patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("read", "inputs", "tower", "fields", "grids"),
+    [
+        (by_patch_grid, {"image_grid_thw": [[1, 8, 12], [2, 4, 6]]}, MERGED, {}, [(4, 6), (4, 3)]),
+        (by_size, {"image_sizes": [[32, 96], [64, 32]]}, PATCHED, {}, [(4, 12), (8, 4)]),
+        (by_size, {"image_sizes": [[32, 96], [64, 32]]}, PATCHED, MERGED, [(2, 6), (4, 2)]),
+        (by_size, {"image_sizes": [[32, 96]]}, PATCHED, {}, None),  # two pictures, or tiles
+        (as_squares, {}, {}, {}, [(5, 5), (5, 5)]),
+    ],
+)
+def test_rows_come_before_columns(read, inputs, tower, fields, grids):
+    """Of two pictures, in tokens: patches that the tower or the projector merges are one."""
+    pixels = {"pixel_values": torch.zeros(len(inputs.get("image_sizes", (1, 2))), 3, 96, 96)}
+    assert read(pixels | inputs, config(tower, **fields), 50, 2) == grids
+
+
 @pytest.mark.parametrize(
     ("read", "inputs"),
     [

@@ -1,13 +1,23 @@
 """Intervals of sums and means over clusters, paired tests, and the ratio of Eq. 7."""
 
 import math
-import random
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 
-from oracles import share_interval
-from vlmflow.core.statistics import Interval, Resampled, clusters_of, log_ratio, mcnemar, share, too_few
+import oracles
+from vlmflow.core.statistics import (
+    RESAMPLES,
+    Interval,
+    Resampled,
+    clusters_of,
+    draws,
+    log_ratio,
+    mcnemar,
+    share,
+    too_few,
+)
 
 
 def ratio(sums):
@@ -54,7 +64,9 @@ def test_shares_against_a_plain_loop():
         own = generator.random(100)[clusters] if trial % 2 else generator.random()
         right = generator.random(len(clusters)) < own
         interval = share(right, clusters)
-        wanted = share_interval([(str(cluster), int(one)) for cluster, one in zip(clusters, right, strict=True)])
+        wanted = oracles.share_interval(
+            [(str(cluster), int(one)) for cluster, one in zip(clusters, right, strict=True)]
+        )
         assert interval.value == pytest.approx(right.mean())
         assert (interval.low, interval.high) == pytest.approx(wanted, abs=1e-9)
         assert 0 <= interval.low <= interval.value <= interval.high <= 1
@@ -79,16 +91,86 @@ def test_few_images_are_named():
     assert too_few(20) == ""
 
 
-def test_sums_against_a_plain_loop():
-    values, clusters = np.array([[1.0, 2], [0, 1], [3, 4], [2, 2], [5, 6]]), np.array([7, 7, 2, 2, 9])
-    interval = Resampled.sums(values, clusters, seed=1).interval(ratio)
-    assert interval.value == pytest.approx(11 / 15)
-    pick, ratios = random.Random(0), []
-    rows = {c: np.flatnonzero(clusters == c) for c in (7, 2, 9)}
-    for _ in range(20_000):
-        drawn = np.concatenate([rows[pick.choice((7, 2, 9))] for _ in range(3)])
-        ratios.append(ratio(values[drawn].sum(0)))
-    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), abs=0.02)
+IMAGES = [7, 7, 2, 2, 2, 9, 4, 4, 7, 1]  # clusters of one to three rows, named in no order
+WRONG = [1.0, 0, 0, 3, 2, 0, 40, 1, 0, 0]  # with an outlier
+ASKED = [2.0, 1, 0, 0, 4, 0, 3, 1, 1, 0]  # two clusters have no denominator
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_intervals_of_sums_against_a_plain_loop(seed):
+    """Two-sided 95 %: the middle of the resamples in which there is something to divide by."""
+    rows = list(zip(WRONG, ASKED, strict=True))
+
+    def plain(rows):
+        return oracles.quotient(sum(row[0] for row in rows), sum(row[1] for row in rows))
+
+    sums = Resampled.sums(np.array(rows), np.array(IMAGES), seed)
+    found = sums.interval(ratio)
+    resampled = [plain(drawn) for drawn in oracles.resamples(rows, IMAGES, seed)]
+    low, high, undefined = oracles.middle_95(resampled)
+    assert 0 < undefined < 0.1
+    assert (found.value, found.low, found.high, found.undefined) == pytest.approx((plain(rows), low, high, undefined))
+    assert sums.value.tolist() == [sum(WRONG), sum(ASKED)]
+
+
+def test_intervals_of_means_against_a_plain_loop():
+    """Rows that are nan count neither above nor below, column by column."""
+    rows = [
+        (wrong, math.nan if number in (0, 4, 7) else asked)
+        for number, (wrong, asked) in enumerate(zip(WRONG, ASKED, strict=True))
+    ]
+
+    def plain(rows):
+        return oracles.mean([row[0] for row in rows]) - oracles.mean([row[1] for row in rows])
+
+    means = Resampled.means(np.array(rows)[:, None], np.array(IMAGES), 3)
+    found = means.interval(lambda m: m[..., 0, 0] - m[..., 0, 1])
+    low, high, undefined = oracles.middle_95([plain(drawn) for drawn in oracles.resamples(rows, IMAGES, 3)])
+    assert (found.value, found.low, found.high, found.undefined) == pytest.approx((plain(rows), low, high, undefined))
+
+
+@pytest.mark.parametrize(("less", "middling"), [(6.0, True), (2.0, True), (0.05, False)])
+def test_p_against_a_plain_loop(less, middling):
+    """Two-sided, never 0, on clusters some of which have no denominator."""
+    rows = list(zip(WRONG, ASKED, strict=True))
+
+    def plain(rows):
+        return oracles.quotient(sum(row[0] for row in rows), sum(row[1] for row in rows)) - less
+
+    p = Resampled.sums(np.array(rows), np.array(IMAGES), 1).p_of_zero(lambda sums: ratio(sums) - less)
+    resampled = [plain(drawn) for drawn in oracles.resamples(rows, IMAGES, 1)]
+    assert p == pytest.approx(oracles.two_sided_p(resampled))
+    assert (0.2 < p < 0.95) if middling else (0 < p < 0.01)
+
+
+def test_ninety_five_percent_is_two_sided():
+    """2.5 % lie on either side, between two resamples in proportion; where some are infinite, at a resample."""
+
+    def of(resampled):
+        return astuple(Interval.of(7.0, np.array(resampled, float)))
+
+    assert of(range(80, -1, -1)) == pytest.approx((7.0, 2.0, 78.0, 0.0))
+    some = [*range(7), *[math.nan] * 3]
+    low, high, undefined = oracles.middle_95(some)
+    assert of(some) == pytest.approx((7.0, low, high, undefined))
+    assert of([*range(99), math.inf]) == (7.0, 2.0, 97.0, 0.0)
+    assert of([*range(9), -math.inf]) == (7.0, -math.inf, 8.0, 0.0)
+
+
+def test_units_and_words():
+    interval = Interval(0.5, 0.25, 0.875, 0.1)
+    assert interval.times(100) == Interval(50.0, 25.0, 87.5, 0.1)
+    assert interval.text() == "0.5 [0.25, 0.875]"
+    assert interval.text(".1%") == "50.0% [25.0%, 87.5%]"
+    assert interval.to_dict() == {"value": 0.5, "low": 0.25, "high": 0.875, "undefined": 0.1}
+
+
+def test_draws_come_in_blocks_as_they_would_at_once():
+    """So that memory is bounded whatever the number of clusters; every resample is there, none twice."""
+    blocks = list(draws(3000, seed=4))
+    assert [len(block) for block in blocks] == [666, 666, 666, 2]
+    assert np.array_equal(np.concatenate(blocks), np.random.default_rng(4).integers(3000, size=(RESAMPLES, 3000)))
+    assert [block.shape for block in draws(10, seed=0)] == [(RESAMPLES, 10)]
 
 
 def test_intervals_are_seeded_and_see_clusters():

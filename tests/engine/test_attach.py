@@ -149,6 +149,20 @@ class TestLeavesNothing:
         assert [name for name, refs in seen.items() if any(ref() is not None for ref in refs)] == []
         assert [len(kept) for kept in trace.kept[5]] == list(trace.image_tokens[5])
 
+    def test_decoding_keeps_as_many_tensors_after_twenty_steps_as_after_five(self, llava, batch):
+        """Padded ones: of the masks of earlier steps, and what was made of them, none is left."""
+        mask, alive = batch["attention_mask"], []
+        with prune(llava.model, HIMAP), torch.no_grad():
+            out = llava.model(**batch, use_cache=True)
+            for steps in (5, 15):
+                for _ in range(steps):
+                    token = out.logits[:, -1:].argmax(-1)
+                    mask = torch.cat([mask, torch.ones_like(token)], 1)
+                    out = llava.model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
+                gc.collect()
+                alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+        assert alive[0] == alive[1]
+
     def test_nothing_is_kept_alive(self, batch):
         model = copy.deepcopy(tiny.build("llava").model)
         with prune(model, HIMAP):
@@ -326,7 +340,7 @@ class TestRefuses:
             attach(own, HIMAP)
 
     def test_data_parallel(self, own):
-        with pytest.raises(ValueError, match="DataParallel"):
+        with pytest.raises(ValueError, match=r"is wrapped in nn.DataParallel; attach to the model inside"):
             attach(nn.DataParallel(own), HIMAP)
 
     def test_a_text_model(self):
@@ -337,12 +351,15 @@ class TestRefuses:
             attach(LlamaForCausalLM(config), HIMAP)
 
     def test_no_transformers_model(self):
-        with pytest.raises(TypeError, match="Linear"):
+        with pytest.raises(TypeError, match="wanted a Hugging Face transformers model, got Linear"):
             attach(nn.Linear(2, 2), HIMAP)
 
     @pytest.mark.parametrize(
         ("family", "reason"),
-        [("Mllama", "images do not stand in the sequence"), ("Qwen3_5", "layers 0 to 1 of this model are recurrent")],
+        [
+            ("Mllama", "is not supported: its images do not stand in the sequence"),
+            ("Qwen3_5", "layers 0 to 1 of this model are recurrent"),
+        ],
     )
     def test_architectures_that_would_go_wrong(self, family, reason):
         if not hasattr(transformers, f"{family}Config"):
@@ -365,14 +382,28 @@ class TestRefuses:
             pass
 
     def test_no_question(self, llava):
-        sample = llava.sample([5, "image"])
-        with prune(llava.model, HIMAP), pytest.raises(ValueError, match="question behind the last image"):
-            llava.model(**sample)
+        """Asked of every sample: here the last one has none."""
+        for specs in ([[5, "image"]], [[5, "image", 3], [5, "image"]]):
+            batch = llava.collate([llava.sample(spec) for spec in specs])
+            with prune(llava.model, HIMAP), pytest.raises(ValueError, match="question behind the last image"):
+                llava.model(**batch)
 
     def test_flex_attention(self, own):
         own.model.language_model.config._attn_implementation = "flex_attention"
-        with pytest.raises(ValueError, match="sdpa"):
+        with pytest.raises(ValueError, match="flex_attention, whose block masks cannot be narrowed; load it with attn"):
             attach(own, HIMAP)
+
+    def test_a_mask_of_another_kind(self, llava):
+        """As flex attention's block masks are."""
+        sample = llava.samples[0]
+        with prune(llava.model, HIMAP), pytest.raises(ValueError, match="cannot read an attention mask of type list"):
+            llava.model(**{**sample, "attention_mask": sample["attention_mask"].tolist()})
+
+    def test_a_trace_of_nothing(self, llava):
+        with prune(llava.model, HIMAP) as trace:
+            for look in (trace.cost, lambda: trace.kept, lambda: trace.image_tokens):
+                with pytest.raises(RuntimeError, match="no prompt has been read yet; run the model inside"):
+                    look()
 
     def test_static_sliding_cache(self):
         small = tiny.build("gemma3_window")

@@ -112,7 +112,7 @@ def test_taps_stack():
 
 
 def test_a_tap_outside_the_model_is_refused():
-    with pytest.raises(ValueError, match="wants layer 6, but this model has layers 0 to 5"):
+    with pytest.raises(ValueError, match="a tap wants layer 6, but this model has layers 0 to 5"):
         attach(tiny.build("llava").model, taps=[Witness(layers=(6,))])
 
 

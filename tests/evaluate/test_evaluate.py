@@ -545,7 +545,9 @@ def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
     assert all(line.difference is None for line in made.lines)
     assert "**" not in "".join(cell for row in made.grids[0].rows for cell in row)
     run(vlm, evaluation(questions, limit=1), tmp_path / "b", batch_size=3)
-    with pytest.raises(RecordError, match=r"are both himap of pico on jsonl \(samples.count was 2, is 1\)"):
+    with pytest.raises(
+        RecordError, match=r"both himap of pico on jsonl \(samples.count was 2, is 1\); report them apart"
+    ):
         report(find_results([tmp_path / "a", tmp_path / "b"])[0])
 
 
@@ -563,6 +565,7 @@ def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
         (["sweep", "--task", "pico", "--budgets", "2"], "above 0 and below 1"),
         (["sweep", "--task", "pico", "--pruners", "fast"], "unknown pruner 'fast'"),
         (["sweep", "--task", "mmvet"], "needs a judge"),
+        (["sweep", "--task", "pico", "--limit", "1", "--pruners", "none"], "a sweep needs a method beside none"),
         (["eval", "--task", "pico", "--limit", "1", "--device", "toaster"], "device 'toaster'"),
         (["eval", "--task", "pico", "--engine", "rocket"], "--engine must be local or ray, got 'rocket'"),
         (["eval", "--task", "pico", "--workers", "2"], "--workers goes with --engine ray"),

@@ -294,7 +294,9 @@ def test_needs_a_key(serve, monkeypatch, value, problem):
     monkeypatch.delenv("OPENAI_API_KEY")
     if value is not None:
         monkeypatch.setenv("MY_KEY", value)
-    with pytest.raises(TaskError, match=rf"MY_KEY .*{problem}"):
+    with pytest.raises(
+        TaskError, match=rf"the environment variable MY_KEY .*{problem}.*; it must hold the endpoint's key"
+    ):
         list(judge(server, key_variable="MY_KEY").mark(RUBRIC, ANSWERS))
     assert not server.requests
 

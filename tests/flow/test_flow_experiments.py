@@ -402,6 +402,8 @@ def test_show_draws_patches(tmp_path):
         (["show", "--image", "gone.png", "--prompt", "?"], "no image file at gone.png"),
         (["show", "--image", "scene.png", "--prompt", " "], "the prompt is empty"),
         (["show", "--image", "scene.png", "--prompt", "?", "--layers", "99"], "layer 99, but this model"),
+        (["show", "--image", "scene.png", "--prompt", "?", "--layers", "3-12345"], "names layers that no model has"),
+        (["saliency", "--samples", "textual.jsonl"], "textual.jsonl, line 2: no image, from which information"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -414,6 +416,7 @@ def test_bad_input_is_refused_in_one_line(args, says, tmp_path, monkeypatch):
         "imageless": [json.dumps({"question": COLOUR, "answer": "red"})],
         "lost": [json.dumps(good | {"image": "gone.png"})],
         "mute": [json.dumps(good | {"answer": ""})],
+        "textual": [json.dumps(good), json.dumps(good | {"image": []})],
     }.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     made = vlmflow("flow", *args, "--out", "out")

@@ -1,7 +1,9 @@
 """Law 9: saliency equals naive autograd that keeps every attention matrix, and finite differences."""
 
 import copy
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +17,7 @@ import oracles
 import tiny
 from vlmflow import HiMAP, attach, prune
 from vlmflow.flow.prediction import likeliest, spellings
-from vlmflow.flow.saliency import extend, saliency
+from vlmflow.flow.saliency import Collector, extend, saliency
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 forms = pytest.mark.parametrize("form", ["paper", "released"])
@@ -330,8 +332,32 @@ def test_bad_inputs_are_refused():
     with pytest.raises(ValueError, match="leave position_ids out"):
         saliency(small.model, {**batch, "position_ids": position_ids}, [[5, 6], [7]], over="mean")
     training = copy.deepcopy(small.model).train()
-    with pytest.raises(ValueError, match="training mode"):
+    with pytest.raises(ValueError, match="the model is in training mode, where dropout would blur it"):
         saliency(training, batch, 7)
+
+
+def test_lets_go_of_q_k_and_v_on_the_way_back(monkeypatch):
+    """By reference count alone: when a layer's gradient comes, those of layers behind it are gone."""
+    small, held, alive = tiny.build("llava"), {}, {}
+    run, sum_up = Collector.__call__, Collector._backward
+
+    def noted(self, call):
+        held[call.layer] = [weakref.ref(x) for x in (call.kernel.query, call.kernel.key, call.kernel.value)]
+        return run(self, call)
+
+    def counted(self, waiting, gradient):
+        layer = waiting[0].layer
+        alive[layer] = [n for n, refs in held.items() if n > layer + 1 and any(ref() is not None for ref in refs)]
+        sum_up(self, waiting, gradient)
+
+    monkeypatch.setattr(Collector, "__call__", noted)
+    monkeypatch.setattr(Collector, "_backward", counted)
+    gc.disable()
+    try:
+        saliency(small.model, small.samples[0], 7)
+    finally:
+        gc.enable()
+    assert alive == {layer: [] for layer in range(LAYERS)}
 
 
 def test_answers_are_spelled_as_the_model_writes_them():

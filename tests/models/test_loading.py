@@ -121,7 +121,7 @@ def some(weights: dict[str, torch.Tensor], change) -> dict[str, torch.Tensor]:
     [
         (
             lambda w: {k: v for k, v in w.items() if "layers.3.mlp.up_proj" not in k},
-            ("checkpoint lacks 1 tensor (", "3.mlp.up_proj"),
+            ("its checkpoint lacks 1 tensor (", "3.mlp.up_proj", "; get it complete"),
         ),
         (
             lambda w: {k: v for k, v in w.items() if "vision" not in k},

@@ -1,16 +1,30 @@
 """The protocol of time: what is run, in which order, and what is counted. Nothing here depends on the clock."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import oracles
 from vlmflow import VTW, FastV, HiMAP, attach
 from vlmflow.core.cost import kv_bytes
 from vlmflow.core.geometry import Geometry
 from vlmflow.core.statistics import Interval
 from vlmflow.pruners import Unpruned
-from vlmflow.records.schema import BenchPoint
-from vlmflow.speed.latency import Request, Timing, compare, ratio_of_medians, run, summed_up, warm_up
+from vlmflow.records.schema import BenchPoint, LatencyRecord
+from vlmflow.speed import latency
+from vlmflow.speed.latency import (
+    Request,
+    Timing,
+    compare,
+    peak_memory,
+    ratio_of_medians,
+    run,
+    summed_up,
+    warm_up,
+)
 from vlmflow.speed.synthetic import random_model, random_prompt, square_side
 
 GEOMETRY = Geometry(hidden=64, intermediate=96, layers=6, heads=4, kv_heads=2, head_dim=16, vocab=300)
@@ -137,6 +151,105 @@ def test_warming_up_decodes_and_tells_of_the_prompts(model, prompts, protocol):
     assert lengths == [57, 1, 1]
     assert trace.tokens[0] == (57, 57, 57)
     assert trace.image_tokens[3] == (6, 6, 6)
+
+
+# -- what is made of the seconds
+
+PLAIN = [  # five rounds of the bare model: vision, decoder, head, decode; one odd one, as a busy machine gives
+    (1.0, 8.0, 0.5, (0.5, 0.25, 2.0)),
+    (2.0, 9.0, 0.25, (0.5, 0.5, 0.5)),
+    (1.5, 70.0, 0.5, (9.0, 0.5, 0.75)),
+    (1.0, 8.5, 0.75, (0.25, 0.5, 0.5)),
+    (1.25, 8.25, 0.5, (0.5, 0.5, 1.0)),
+]
+PRUNED = [
+    (1.0, 4.0, 0.5, (0.25, 0.25, 3.0)),
+    (2.5, 5.0, 0.25, (0.5, 0.25, 0.25)),
+    (1.5, 4.5, 0.5, (0.25, 7.0, 0.5)),
+    (1.0, 60.0, 0.5, (0.5, 0.25, 0.25)),
+    (1.25, 4.25, 1.0, (0.25, 0.25, 0.5)),
+]
+
+
+def timings(rounds, peaks=(None,) * 5) -> list[Timing]:
+    return [Timing(*parts, peak, 77) for parts, peak in zip(rounds, peaks, strict=True)]
+
+
+def plain_parts(vision, decoder, head, decode) -> dict[str, float]:
+    first = vision + decoder + head
+    return {
+        "vision": vision,
+        "decoder": decoder,
+        "prefill": decoder + head,
+        "ttft": first,
+        "tpot": oracles.median(decode),
+        "total": first + sum(decode),
+    }
+
+
+def test_the_parts_of_a_run():
+    assert Timing(1.0, 8.0, 0.5, (0.5, 0.25, 2.0), None, 0).parts == {
+        "vision": 1.0, "decoder": 8.0, "prefill": 8.5, "ttft": 9.5, "tpot": 0.5, "total": 12.25,
+    }  # fmt: skip
+    assert "tpot" not in Timing(1.0, 8.0, 0.5, (), None, 0).parts
+
+
+def test_seconds_and_speedups_against_a_plain_loop():
+    """Medians over rounds; a speed-up is the ratio of two of them, of the same rounds in each resample."""
+    record = summed_up(FastV(k=3), 1.75, timings(PLAIN), timings(PRUNED, (None, 5, 9, 7, None)))
+    bare, pruned = [plain_parts(*one) for one in PLAIN], [plain_parts(*one) for one in PRUNED]
+    assert record.seconds.keys() == record.speedup.keys() == pruned[0].keys()
+    for part, ratio in record.speedup.items():
+        pairs = [(one[part], other[part]) for one, other in zip(bare, pruned, strict=True)]
+        over, under = zip(*pairs, strict=True)
+        assert record.seconds[part] == oracles.median(under)
+        resampled = []
+        for drawn in oracles.resamples(pairs, range(5), seed=0):
+            over_drawn, under_drawn = zip(*drawn, strict=True)
+            resampled.append(oracles.median(over_drawn) / oracles.median(under_drawn))
+        low, high, _ = oracles.middle_95(resampled)
+        found = (ratio.value, ratio.low, ratio.high, ratio.undefined)
+        assert found == pytest.approx((oracles.median(over) / oracles.median(under), low, high, 0.0)), part
+    assert (record.pruner["name"], record.pruner["k"], record.promised) == ("fastv", 3, 1.75)
+    assert (record.peak_bytes, record.kv_bytes) == (9, 77)
+    assert summed_up(FastV(), None, timings(PLAIN), timings(PRUNED)).peak_bytes is None
+
+
+def test_what_does_not_pay_is_judged_by_the_interval_of_the_whole_run():
+    """Whatever the value: no run shows a method to be faster whose interval reaches down to 1."""
+
+    def record(total: Interval) -> LatencyRecord:
+        parts = {"ttft": Interval(0.5, 0.4, 0.6), "total": total}
+        return LatencyRecord({}, dict.fromkeys(parts, 1.0), parts, None, None, 0)
+
+    totals = {
+        "none": Interval(1.0, 1.0, 1.0),
+        "surely": Interval(1.2, 1.01, 1.4),
+        "perhaps": Interval(1.3, 0.99, 1.6),
+        "just": Interval(1.1, 1.0, 1.2),
+        "slower": Interval(0.8, 0.7, 0.9),
+    }
+    point = BenchPoint(1, 1, [9], [1], {name: record(total) for name, total in totals.items()})
+    assert point.not_paying == {name: totals[name] for name in ("perhaps", "just", "slower")}
+
+
+def test_peak_memory_is_what_a_block_holds_above_what_was_held_before():
+    """Beside what is held before, and more that was held once; Linux counts in lots of pages."""
+    mebibyte = 2**20
+    held = torch.ones(50 * mebibyte // 4)
+    once = torch.ones(100 * mebibyte // 4)
+    del once
+    with peak_memory(torch.device("cpu")) as peak:
+        block = torch.ones(40 * mebibyte // 4)
+    assert peak() == pytest.approx(40 * mebibyte, abs=4 * mebibyte)
+    assert len(held) > len(block)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    assert latency._resident("VmRSS") == pytest.approx(resident, rel=0.01)
+
+
+def test_as_many_tokens_as_asked_though_every_word_would_end_the_answer(model, prompts, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(1, GEOMETRY.vocab)))
+    assert len(run(model, Request(prompts, new_tokens=4), Unpruned()).decode) == 3
 
 
 def test_ratio_and_what_does_not_pay():

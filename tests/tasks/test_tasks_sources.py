@@ -610,6 +610,12 @@ def test_a_data_set_that_is_there_is_not_looked_for_elsewhere(monkeypatch, hub):
     assert asked == ["lmms-lab-encoder/MMVet"]
 
 
+def test_all_splits_at_once_are_no_data_set(monkeypatch, hub):
+    monkeypatch.setattr(hub, "load_dataset", lambda *_, **__: hub.DatasetDict())
+    with pytest.raises(TaskError, match=r"lmms-lab-encoder/MMVet \(default, test\): split must name one split"):
+        TASKS["mmvet"].samples()
+
+
 def test_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TaskError, match=r'pip install "vlmflow\[eval\]"'):
