@@ -37,14 +37,14 @@ def launch(
         with on_ray as pool:
             job = job_for(pool.facts.attends)
             return collect(pool, job, out, batch_size=batch_size, samples=samples, progress=progress)
+    if is_torchelastic_launched() and loading.device == "auto":
+        raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
     attends = read_attends(loading.name, loading.revision)
     job = job_for(attends)
     job.check(len(attends))  # before weights are loaded
     if not is_torchelastic_launched():
         vlm = load(loading.name, loading.device, loading.dtype, revision=loading.revision)
         return run(vlm, job, out, batch_size=batch_size, samples=samples, progress=progress)
-    if loading.device == "auto":
-        raise ValueError("--device auto spreads one model over all accelerators; torchrun wants one in each")
     ranks = Ranks(load(loading.name, loading.device or own_accelerator(), loading.dtype, revision=loading.revision))
     if ranks.rank:
         return ranks.help(job, samples)
