@@ -115,9 +115,7 @@ def bench(
         else:
             depth = subject.layers or geometry_named(subject.geometry).layers
             if (longest := max(images) + prompts.text_tokens) > CONTEXT:
-                raise ValueError(
-                    f"the prompt has {longest} tokens, and random weights positions for {CONTEXT}; ask less"
-                )
+                raise ValueError(f"the prompt has {longest} tokens, and random weights {CONTEXT} positions; ask less")
         methods = {method.name: method.scaled(depth) for method in chosen}
         for method in methods.values():
             method.checked_stages(depth, 0)
