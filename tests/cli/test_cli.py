@@ -178,6 +178,7 @@ def test_bench_of_a_model_and_of_a_geometry(tmp_path):
         (["--task", "nope"], "unknown task 'nope'"),
         (["--geometry", "llava-1.5-7b", "--dtype", "float99"], "dtype must be"),
         (["--geometry", "llava-1.5-7b", "--device", "toaster"], "device 'toaster'"),
+        (["--geometry", "llava-1.5-7b", "--image-tokens", "576,999999"], "the prompt has 1000059 tokens, and random"),
         (["--layers", "5"], "--layers goes with --geometry"),
         (["--save", "."], "--save wants a file, and . is a folder"),
     ],

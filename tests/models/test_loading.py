@@ -260,7 +260,7 @@ def test_a_hub_that_answers_is_asked_once(monkeypatch):
 
 @pytest.mark.parametrize("inner", ["text_config", "vision_config"])
 @pytest.mark.parametrize("value", [None, "llama", {}, {"model_type": "qwen2"}])
-def test_an_inner_config_that_is_none_or_anothers_is_refused(tmp_path, inner, value):
+def test_an_inner_config_that_is_null_or_of_another_model_is_refused(tmp_path, inner, value):
     """transformers would take that of a model of 7 billion weights, and build it."""
     folder = tmp_path / "model"
     shutil.copytree(MODEL_DIR, folder)

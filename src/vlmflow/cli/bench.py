@@ -92,7 +92,7 @@ def bench(
     import torch
 
     from vlmflow.speed.latency import Request, compare, machine
-    from vlmflow.speed.synthetic import random_prompt
+    from vlmflow.speed.synthetic import CONTEXT, random_prompt
 
     with refusals():
         if protocol not in PROTOCOLS:
@@ -114,6 +114,8 @@ def bench(
             depth = len(loading.attends(subject.model))
         else:
             depth = subject.layers or geometry_named(subject.geometry).layers
+            if (longest := max(images) + prompts.text_tokens) > CONTEXT:
+                raise ValueError(f"the prompt has {longest} tokens, and random weights {CONTEXT} positions; ask less")
         methods = {method.name: method.scaled(depth) for method in chosen}
         for method in methods.values():
             method.checked_stages(depth, 0)

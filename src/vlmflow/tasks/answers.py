@@ -182,7 +182,9 @@ def yes_no_declared(text: str, sample: Sample) -> str | None:
     """
     head = re.match(r"\W*(yes|no)\b(?=\W*\Z|\W*\n|[*\"')\]]*[.,:;!])(?!\W*(?:or|and|yes|no)\b)", text, re.IGNORECASE)
     declared = re.findall(rf"{_STATED}(?i:(yes|no))\b(?!\W*(?i:or|and|yes|no)\b)", text)
-    said = {word.casefold() for _, word in declared} or {head[1].casefold()} if head or declared else set()
+    said = {word.casefold() for _, word in declared}
+    if head and not said:
+        said = {head[1].casefold()}
     if said:
         return said.pop() if len(said) == 1 else None
     return yes_no(text, sample)
