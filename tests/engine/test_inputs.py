@@ -75,7 +75,7 @@ def test_masks_of_four_dimensions_say_what_is_padding(pruner, form):
     given = {
         "boolean": visible,
         "additive": additive,
-        "by layer type": {"full_attention": visible},
+        "by layer type": {"sliding_attention": visible.triu(3 - visible.shape[-1]).tril(-2), "full_attention": visible},
     }[form]
     found = []
     for mask in (batch["attention_mask"], given):
