@@ -82,6 +82,17 @@ def test_a_batch_costs_its_samples():
     assert together.samples == len(small.samples)
 
 
+@pytest.mark.parametrize("pruner", PRUNERS, ids=repr)
+def test_a_text_alone_pays_for_no_ranking(pruner):
+    small = tiny.build("llava", layers=3)
+    text = {key: value for key, value in small.sample([9]).items() if key != "pixel_values"}
+    with prune(countable(small), pruner) as trace, counting() as counted:
+        small.model(**text, logits_to_keep=1)
+    price = trace.cost()
+    assert counted.flops == price.pruned.exact_flops == price.unpruned.exact_flops
+    assert price.pruned.score_flops == 0
+
+
 def test_a_prompt_with_a_past_is_not_priced():
     small = tiny.build("llava", layers=3)
     sample = small.samples[0]

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -167,12 +168,14 @@ def test_errors_on_the_way_are_tried_again(serve):
             (500, {"error": {"message": "oops"}}),
             (200, b'{"choices": [{"mess'),
             (200, {"choices": []}),
+            (408, {}),
+            (409, {}),
         ]
         return trouble[before] if before < len(trouble) else reply("0.7")
 
     server = serve(script)
-    found = list(judge(server).mark(RUBRIC, ANSWERS[:2]))
-    assert [(v.marks, v.failure, v.asked) for v in found] == [((0.7,), None, 5)] * 2
+    found = list(judge(server, attempts=7).mark(RUBRIC, ANSWERS[:2]))
+    assert [(v.marks, v.failure, v.asked) for v in found] == [((0.7,), None, 7)] * 2
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,21 @@ def test_failures_are_not_cached(serve, tmp_path):
     assert [v.marks for v in ours.mark(RUBRIC, ANSWERS[:2])] == [None, None]
     broken[0] = False
     assert [v.marks for v in ours.mark(RUBRIC, ANSWERS[:2])] == [(0.5,), (0.5,)]
+
+
+def test_a_reply_serves_no_other_rubric_endpoint_or_attempt(serve, tmp_path):
+    """Though the request is the same to the word."""
+    half, whole = serve(lambda request, before: reply("0.5")), serve(lambda request, before: reply("1.0"))
+    named = replace(RUBRIC, name="mm-vet-v9")
+    for server, rubric, marks in ((half, RUBRIC, 0.5), (whole, RUBRIC, 1.0), (half, named, 0.5), (whole, named, 1.0)):
+        for asked in (1, 0):
+            (verdict,) = judge(server, cache=tmp_path).mark(rubric, ANSWERS[:1])
+            assert (verdict.marks, verdict.asked) == ((marks,), asked)
+    steady = replace(RUBRIC, name="steady", hotter=0.0, nudge="")
+    late = serve(lambda request, before: reply("0.5" if before else "good"))
+    (verdict,) = judge(late, cache=tmp_path).mark(steady, ANSWERS[:1])
+    assert (verdict.marks, verdict.asked) == ((0.5,), 2)
+    assert len(late.requests) == 2
 
 
 def test_unreadable_replies_are_asked_for_again_warmer(serve, tmp_path):
@@ -261,7 +279,14 @@ def test_pauses_double_and_heed_the_server(serve, monkeypatch, asked, slept):
     assert pauses == slept
 
 
-@pytest.mark.parametrize(("status", "hint"), [(401, "is the key in OPENAI_API_KEY right"), (404, "has it a model 'm'")])
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        (401, "is the key in OPENAI_API_KEY right"),
+        (403, "may this key use the model"),
+        (404, "has it a model 'm'"),
+    ],
+)
 def test_a_refusal_of_all_ends_the_run(serve, status, hint):
     said = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "invalid_api_key"}}
     server = serve(lambda request, before: (status, said))

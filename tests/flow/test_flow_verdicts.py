@@ -2,17 +2,18 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 
+import oracles
 from vlmflow.core.statistics import Interval
 from vlmflow.flow.contributions import ByLayer, takes_over
 from vlmflow.flow.layers import in_words, named_layers
-from vlmflow.flow.verdict import claim, judged
+from vlmflow.flow.verdict import HYPOTHESES, claim, figure_title, in_markdown, judged, judgements
 from vlmflow.flow.windows import ByWindow, ends
-from vlmflow.records.schema import StudyRow
+from vlmflow.records.schema import StudyCounts, StudyRow, StudySummary
 
 WHOLE = Interval(1.0, 0.5, 1.5)
 
@@ -70,6 +71,127 @@ def test_intra_visual_flow_takes_over_once_visual_textual_flow_leads_no_more():
     assert takes_over(dict(enumerate([vt, vv, vt, none, vv]))) == 4
     assert takes_over(dict(enumerate([vt, vv, vt]))) is None
     assert takes_over(dict(enumerate([vv, vv]))) is None
+
+
+@pytest.mark.parametrize(
+    ("images", "ends"), [(19, ", and from fewer than 20 they are too narrow."), (20, " over images.")]
+)
+def test_a_verdict_says_of_how_many_it_is_and_whether_to_believe_it(images, ends):
+    claims = [
+        claim("this is more", Interval(0.25, 0.125, 0.5, undefined=0.04)),
+        claim("that is more", Interval(0.5, -0.25, 1.0)),
+    ]
+    summary = StudySummary(
+        settings={"experiment": "saliency", "model": "llava", "task": "pico"},
+        samples=StudyCounts(asked=40, dropped=7, failed=3, kept=30, images=images),
+        failed={},
+        right=Interval(0.5, 0.25, 0.75),
+        lengths={},
+        hypotheses={"H1": judged(claims[:1]), "H2": judged([])},
+    )
+    page = in_markdown(summary, ["a section", "another"])
+    assert page.startswith(
+        "# Saliency of llava on pico\n\n40 samples: 7 dropped, as they were answered right about a bl"
+    )
+    assert f"as well, 3 failed, 30 kept, about {images} images." in page
+    assert "first token was the likeliest for 50.0% [25.0%, 75.0%]. Intervals are 95 % bootstraps" in page
+    opening, *sections = page.split("\n\n")[1:]
+    assert opening.endswith(ends)
+    assert sections == ["a section", "another\n"]
+    assert figure_title(summary) == "llava on pico, 30 samples"
+    first, none = judgements(summary)
+    (open_,) = judgements(replace(summary, hypotheses={"H1": judged(claims)}))
+    said = "- this is more: 0.25 [0.125, 0.5], holds (not defined in 4% of resamples)"
+    assert first == f"## H1 holds\n\nThat {HYPOTHESES['H1']}.\n\n{said}"
+    assert none == (
+        f"## H2 is undecided\n\nThat {HYPOTHESES['H2']}.\n\n"
+        "- not judged: with so few layers there is no shallow and no deep part"
+    )
+    assert open_.startswith("## H1 is undecided\n")
+    assert open_.endswith(f"{said}\n- that is more: 0.5 [-0.25, 1], undecided")
+
+
+# -- means against plain loops
+
+SEEN = ["a.png", "a.png", "b.png", "c.png", "c.png", "c.png", "d.png"]  # each row's image: unequal clusters
+
+
+def rows_by_layer() -> list[StudyRow]:
+    """Three layers; the last sample has an outlier, one sample no system token."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for number, image in enumerate(SEEN):
+        found = {name: generator.uniform(0.1, 1.0, 3).tolist() for name in ("s_sys", "s_img", "s_ins", "s_vv", "s_vt")}
+        found["s_vt"][1] *= 40 if number == 6 else 1
+        if number == 2:
+            found["s_sys"] = [None] * 3
+        lengths = {"system": 5, "image": 10 + number, "instruction": 3 + number % 2}
+        rows.append(StudyRow(f"{number}", (image,), lengths=lengths, found=found))
+    return rows
+
+
+def plain_interval(rows, statistic, seed):
+    """A statistic of rows, with its interval from rows drawn by whole images."""
+    found = [statistic(drawn) for drawn in oracles.resamples(rows, SEEN, seed)]
+    low, high, undefined = oracles.middle_95(found)
+    return pytest.approx((statistic(rows), low, high, undefined))
+
+
+def test_contributions_are_means_over_samples_not_over_images():
+    rows = rows_by_layer()
+    summary = ByLayer().sum_up(rows, n_layers=3, seed=5)
+
+    def mean(rows, name, layer, weight=None):
+        values = [math.nan if (value := row.found[name][layer]) is None else value for row in rows]
+        return oracles.mean(
+            [value * (row.lengths[weight] if weight else 1) for value, row in zip(values, rows, strict=True)]
+        )
+
+    for name in ("s_sys", "s_vt"):
+        for layer in range(3):
+            expected = plain_interval(rows, lambda drawn, n=name, i=layer: mean(drawn, n, i), 5)
+            assert astuple(summary["measures"][name][layer]) == expected
+    for layer in range(3):
+        expected = plain_interval(rows, lambda r, i=layer: math.log(mean(r, "s_vt", i) / mean(r, "s_vv", i)), 5)
+        assert astuple(summary["log_vt_vv"][layer]) == expected
+    for name, weights in (("per_token", (None, None)), ("together", ("image", "instruction"))):
+
+        def share(rows, weights=weights):
+            image, question = (
+                sum(mean(rows, measure, layer, weight) for layer in range(3))
+                for measure, weight in zip(("s_img", "s_ins"), weights, strict=True)
+            )
+            return image / question
+
+        assert astuple(summary["image_to_instruction"][name]) == plain_interval(rows, share, 5)
+
+
+def test_what_knockouts_take_is_a_mean_over_samples_not_over_images():
+    experiment, generator, rows = ByWindow(width=1), np.random.default_rng(2), []
+    for number, image in enumerate(SEEN):
+        blocked = {}
+        for path, layers in experiment.conditions(4):
+            score, label, right = generator.uniform(0.1, 0.9, 3).tolist()
+            blocked[f"{path} {','.join(map(str, layers))}"] = {"score": score, "label": label, "right": right}
+        rows.append(StudyRow(f"{number}", (image,), right=number % 3 > 0, found={"blocked": blocked}))
+    summary = experiment.sum_up(rows, n_layers=4, seed=6)
+
+    def left(rows, path, layers, measure):
+        return oracles.mean([row.found["blocked"][f"{path} {layers}"][measure] for row in rows])
+
+    def lost(rows, path, layers, measure):
+        whole = oracles.mean([float(row.right) for row in rows]) if measure == "right" else 1.0
+        return whole - left(rows, path, layers, measure)
+
+    vt, vv = "visual-textual", "intra-visual"
+    for measure in ("score", "label", "right"):
+        for end, layers in enumerate(("0,1", "2,3")):
+            expected = plain_interval(rows, lambda r, at=layers, m=measure: left(r, vt, at, m), 6)
+            assert astuple(summary["consistency"][measure][vt][end]) == expected
+        expected = plain_interval(rows, lambda r, m=measure: lost(r, vv, "2", m), 6)
+        assert astuple(summary["lost"][measure][vv][2]) == expected
+    ratio = plain_interval(rows, lambda r: math.log(lost(r, vv, "2", "score") / lost(r, vt, "2", "score")), 6)
+    assert astuple(summary["log_vv_vt"]["score"][2]) == ratio
 
 
 # -- hypotheses, on numbers made for them

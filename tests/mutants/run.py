@@ -40,6 +40,7 @@ SETTINGS = """
 source_paths = ["src"]
 only_mutate = {only}
 also_copy = ["docs", "recipes", "bench", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+pytest_add_cli_args = ["-k", "not compiled"]  # in a process of its own, which mutmut does not know
 pytest_add_cli_args_test_selection = {tests}
 timeout_multiplier = 3.0
 timeout_constant = 5.0

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,30 @@ def test_a_full_disk_is_named_and_nothing_half_written_is_left(tmp_path, full):
         RowFile(tmp_path / "rows.jsonl", Row).append([Row.from_dict(ROW)])
     assert (tmp_path / "a.json").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(("whose", "step"), [(Path, "write_text"), (os, "fsync"), (Path, "replace")])
+def test_a_writer_that_is_stopped_between_its_steps_changes_nothing(tmp_path, monkeypatch, whose, step):
+    """Nothing is put in its place before all of it is on disk."""
+    write_json(tmp_path / "a.json", {"old": 1})
+    steps, before = [], {name: getattr(place, name) for place, name in ((os, "fsync"), (Path, "replace"))}
+
+    def noted(name):
+        return lambda *given: steps.append(name) or before[name](*given)
+
+    monkeypatch.setattr(os, "fsync", noted("fsync"))
+    monkeypatch.setattr(Path, "replace", noted("replace"))
+    write_json(tmp_path / "b.json", {})
+    assert steps == ["fsync", "replace"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whose, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "a.json", {"new": 2})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"old": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
 def test_what_a_killed_process_has_left_is_cleared_away(tmp_path):
