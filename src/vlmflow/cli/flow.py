@@ -26,12 +26,12 @@ from vlmflow.cli.options import (
     pictures_named,
     task_named,
 )
-from vlmflow.cli.output import refusals, remark
+from vlmflow.cli.output import NO_PICTURE, refusals, remark
 from vlmflow.cli.progress import do_job
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
-from vlmflow.records.schema import FlowRecord, SeenImages, from_json, to_json
+from vlmflow.records.schema import FlowRecord, from_json, to_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
@@ -163,14 +163,17 @@ def show_(
             layers=list(drawn.layers),
             importance={label: importance.double().sum(1).tolist() for label, importance in drawn.flows.items()},
             versions=versions(),
-            seen=SeenImages([picture.size for picture in question.images], drawn.positions, drawn.grids),
+            seen=drawn.seen,
             maps={label: importance.tolist() for label, importance in drawn.flows.items()},
         )
-        title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
-        arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
-        flow_maps(out_dir / "flow", drawn.images, drawn.grids, drawn.layers, arrays, title)
         write_json(out_dir / "flow.json", to_json(record))
-    typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
+        if drawn.seen.tiles is None:
+            remark(NO_PICTURE)
+        else:
+            title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
+            arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
+            flow_maps(out_dir / "flow", drawn.images, drawn.seen.tiles, drawn.layers, arrays, title)
+    typer.echo(f"wrote {'flow.png, flow.svg, ' if drawn.seen.tiles is not None else ''}flow.json to {out_dir}")
     if json_:
         typer.echo(json.dumps(to_json(record)))
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from vlmflow.records import table as records
 
 console, err_console = Console(), Console(stderr=True)
+NO_PICTURE = "no picture: where this model's image tokens lie in their images cannot be told"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from vlmflow.core.images import ImageError, open_image
 from vlmflow.models.ask import Run, ask
 from vlmflow.models.grids import patch_grids, seen_images
 from vlmflow.models.load import ModelWarning, device_named, dtype_named, load, load_geometry
+from vlmflow.models.tiles import seen_by
 from vlmflow.models.vlm import VLM, Answer, ModelError, Question
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "load_geometry",
     "open_image",
     "patch_grids",
+    "seen_by",
     "seen_images",
 ]
