@@ -378,7 +378,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
     args = ["flow", *command, "--samples", questions, "--device", "cpu", "--out", tmp_path / "out"]
     made = vlmflow(*args, "--json")
     assert made.exit_code == 0, made.output
-    summary = json.loads(made.stdout.strip().split("\n")[-1])
+    summary = json.loads(made.stdout)
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     verdict = (tmp_path / "out/verdict.md").read_text()
     assert verdict in made.stdout
@@ -400,7 +400,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
 def test_show_draws_patches(tmp_path):
     made = vlmflow("flow", "show", "--image", SCENES[0].image, "--prompt", COLOUR, "--layers", "0,8-9", "--out", tmp_path / "out", "--json")  # fmt: skip  # noqa: E501
     assert made.exit_code == 0, made.output
-    record = json.loads(made.stdout.strip().split("\n")[-1])
+    record = json.loads(made.stdout)
     assert record == json.loads((tmp_path / "out/flow.json").read_text())
     assert record["layers"] == [0, 8, 9]
     assert record["importance"]["into each other"][2] == 0

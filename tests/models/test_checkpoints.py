@@ -92,7 +92,7 @@ def test_run(checkpoint, pictures, tmp_path, name):
         images = [part for one in shown for part in ("--image", pictures[one])]
         save = ["--save", tmp_path / "out"] if shown == ["wide"] else []
         printed = vlmflow("run", "--model", checkpoint(name), *images, *ASK, *save, "--json")
-        (only,) = json.loads(printed.strip().split("\n")[-1])["runs"].values()
+        (only,) = json.loads(printed)["runs"].values()
         assert only["image_tokens"][0] == count
         assert only["image_tokens"][-1] < count / 4
         assert only["answer"]["tokens"] == 2
@@ -161,7 +161,7 @@ def test_where_no_picture_can_be_drawn_the_numbers_are_written(checkpoint, pictu
 @pytest.mark.parametrize("name", PRICED)
 def test_run_on_text_alone(checkpoint, name):
     printed = vlmflow("run", "--model", checkpoint(name), *ASK, "--json")
-    (only,) = json.loads(printed.strip().split("\n")[-1])["runs"].values()
+    (only,) = json.loads(printed)["runs"].values()
     assert set(only["image_tokens"]) == {0}
     assert only["answer"]["tokens"] == 2
     assert only["cost"]["shares"]["exact_flops"] == 1
@@ -258,7 +258,7 @@ def test_a_broken_torchvision_is_told_of(checkpoint, pictures, broken_torchvisio
     assert run.returncode == 0, run.stderr
     (line,) = run.stderr.strip().split("\n")
     assert line.endswith("fits this torch (RuntimeError: operator torchvision::nms does not exist)")
-    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    (only,) = json.loads(run.stdout)["runs"].values()
     assert only["image_tokens"][0] == 36
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import Progress
 
 from vlmflow.cli.options import (
     MOST,
+    JsonOption,
     LoadingOptions,
     ModelOption,
     PrunersOption,
@@ -22,7 +22,7 @@ from vlmflow.cli.options import (
     refuse_without,
     task_named,
 )
-from vlmflow.cli.output import console, err_console, plain_table, refusals
+from vlmflow.cli.output import console, err_console, plain_table, print_json, refusals, say
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
@@ -84,12 +84,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Interleaved rounds, after one that warms up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Processor threads; default: torch's.")] = None,
     save: Annotated[Path | None, typer.Option(help="A JSON file for the record.")] = None,
+    json_: JsonOption = False,
     loading: LoadingOptions,
 ) -> None:
-    """Measure first-token time, time per further token and memory of methods beside the unpruned model.
-
-    The last line is one JSON object.
-    """
+    """Measure first-token time, time per further token and memory of methods beside the unpruned model."""
     import torch
 
     from vlmflow.speed.latency import Request, compare, machine
@@ -143,13 +141,12 @@ def bench(
         commit=getattr(model.config, "_commit_hash", None),
     )
     record = to_json(measured)
-    try:
-        if save is not None:
-            with refusals():
-                write_json(save, record)
-            typer.echo(f"wrote {save}")
-    finally:
-        typer.echo(json.dumps(record))  # what took long to measure is not lost with a place that is full
+    if json_:
+        print_json(record)  # first: what took long to measure is not lost with a place that is full
+    if save is not None:
+        with refusals():
+            write_json(save, record)
+        say(f"wrote {save}")
 
 
 def first_questions(task: str, source: Path | None, count: int) -> list[Question]:

@@ -27,7 +27,7 @@ from vlmflow.cli.options import (
     task_named,
     under_torchrun,
 )
-from vlmflow.cli.output import console, plain_table, print_table, refusals, remark
+from vlmflow.cli.output import console, plain_table, print_json, print_table, refusals, remark, say
 from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.evaluate.budgets import for_task
 from vlmflow.evaluate.judge import mark, why_unmarked, write_requests
@@ -92,9 +92,9 @@ def evaluate(
                 summary = mark(out_dir, evaluation, marker, samples)
                 unmarked = why_unmarked(out_dir)
     _print_summary(summary, chosen)
-    typer.echo(f"wrote {out_dir / 'summary.json'}")
+    say(f"wrote {out_dir / 'summary.json'}")
     if json_:
-        typer.echo(json.dumps(summary))
+        print_json(summary)
     if not summary["samples"]["answered"]:
         remark("every sample failed")
         raise typer.Exit(1)
@@ -147,9 +147,9 @@ def sweep(
         written = ["sweep.md", "sweep.csv", "sweep.json"]
         if _draw(lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
             written.append("pareto.png")
-    typer.echo(f"wrote {', '.join(written)} to {out_dir}")
+    say(f"wrote {', '.join(written)} to {out_dir}")
     if json_:
-        typer.echo(json.dumps(json.loads((out_dir / "sweep.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((out_dir / "sweep.json").read_text(encoding="utf-8")))
 
 
 def report(
@@ -176,15 +176,15 @@ def report(
     for grid in made.grids:
         print_table(grid)
     for note in made.notes:
-        console.print(note, highlight=False, markup=False)
+        console.print(note, highlight=False)
     if out_dir is not None:
         with refusals():
             write_text(out_dir / "report.md", made.markdown())
             write_text(out_dir / "report.csv", table_of(made.lines).csv())
             write_json(out_dir / "report.json", record)
-        typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
+        say(f"wrote report.md, report.csv, report.json to {out_dir}")
     if json_:
-        typer.echo(json.dumps(record))
+        print_json(record)
 
 
 # -- what they print

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from vlmflow.cli.options import (
     pictures_named,
     task_named,
 )
-from vlmflow.cli.output import NO_PICTURE, refusals, remark
+from vlmflow.cli.output import NO_PICTURE, print_json, refusals, remark, say
 from vlmflow.cli.progress import do_job
 from vlmflow.flow.layers import Layers
 from vlmflow.flow.table import EXPERIMENTS
@@ -99,13 +98,13 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
         size, title = study.batch_size, f"{experiment.name} {task.name}"
         summary = do_job(lambda attends: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
         figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
-        typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
+        say((out_dir / "verdict.md").read_text(encoding="utf-8"))
         drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
-        typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
+        say(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
         for sample, reason in summary["failed"].items():
             remark(f"{sample} failed: {reason}")
         if json_:
-            typer.echo(json.dumps(summary))
+            print_json(summary)
 
     command.__annotations__["settings"] = _options_of(experiment, kinds)
     command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
@@ -173,9 +172,9 @@ def show_(
             title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
             arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
             flow_maps(out_dir / "flow", drawn.images, drawn.seen.tiles, drawn.layers, arrays, title)
-    typer.echo(f"wrote {'flow.png, flow.svg, ' if drawn.seen.tiles is not None else ''}flow.json to {out_dir}")
+    say(f"wrote {'flow.png, flow.svg, ' if drawn.seen.tiles is not None else ''}flow.json to {out_dir}")
     if json_:
-        typer.echo(json.dumps(to_json(record)))
+        print_json(to_json(record))
 
 
 def _layers(text: str) -> Layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +21,7 @@ from vlmflow.cli.options import (
     checked_prompt,
     pictures_named,
 )
-from vlmflow.cli.output import NO_PICTURE, console, err_console, plain_table, refusals, remark
+from vlmflow.cli.output import NO_PICTURE, console, err_console, plain_table, print_json, refusals, remark, say
 from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.records.files import versions, write_json
 from vlmflow.records.schema import DemoRecord, RunRecord, to_json
@@ -94,7 +93,7 @@ def run(
         with refusals():
             save_run(save, question, inputs, runs, record)
     if json_:
-        typer.echo(json.dumps(to_json(record)))
+        print_json(to_json(record))
 
 
 def print_runs(runs: dict[str, Run]) -> None:
@@ -110,7 +109,7 @@ def cost_table(*columns: str) -> Table:
     """A table whose last columns are what pruning saves; ``LEGEND`` says what they mean."""
     table = plain_table("method", *columns, "image tokens", "mean", "Eq. 10", "FLOPs", "KV")
     for column in table.columns:
-        column.no_wrap = column.header != "answer"
+        column.no_wrap = column.header not in ("method", "answer")
     return table
 
 
@@ -129,14 +128,14 @@ def save_run(
     from vlmflow.models import seen_images
 
     write_json(folder / "record.json", to_json(record))
-    typer.echo(f"wrote {folder / 'record.json'}")
+    say(f"wrote {folder / 'record.json'}")
     if record.seen is None or record.seen.tiles is None:
         remark(NO_PICTURE)
         return
     methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
     images = seen_images(inputs, question.images)
     maps.kept_patches(folder / "patches.png", images, record.seen.tiles, methods, question.text)
-    typer.echo(f"wrote {folder / 'patches.png'}")
+    say(f"wrote {folder / 'patches.png'}")
 
 
 def demo(
