@@ -23,7 +23,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 def test_run_saves_a_record_and_a_picture(tmp_path):
     run = vlmflow("run", "--image", SCENE.image, *ASK, "--compare", "--json", "--save", tmp_path / "out")
     assert run.returncode == 0, run.stderr
-    record = json.loads(run.stdout.strip().split("\n")[-1])
+    record = json.loads(run.stdout)
     assert record["runs"].keys() == PRUNERS.keys()
     assert json.loads((tmp_path / "out/record.json").read_text()) == record
     himap = record["runs"]["himap"]
@@ -41,14 +41,14 @@ def test_run_with_settings_and_several_images(tmp_path):
     settings = ["--set", "k=4", "--set", "ratio=0.9"]
     run = vlmflow("run", *two, *ASK, "--pruner", "fastv", *settings, "--save", tmp_path, "--json")
     assert run.returncode == 0, run.stderr
-    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    (only,) = json.loads(run.stdout)["runs"].values()
     assert only["image_tokens"] == [1152] * 4 + [115] * 6
     assert (tmp_path / "patches.png").stat().st_size > 10_000
 
 
 def test_bundled_pictures_go_by_number():
     named, filed = (vlmflow("run", "--image", image, *ASK, "--json") for image in ("sample:1", samples()[1].image))
-    records = [json.loads(run.stdout.strip().split("\n")[-1]) for run in (named, filed)]
+    records = [json.loads(run.stdout) for run in (named, filed)]
     assert records[0].pop("images") == ["sample:1"]
     assert records[1].pop("images") == [str(samples()[1].image)]
     assert records[0] == records[1]
@@ -74,9 +74,9 @@ def test_samples_are_copied_for_evaluations_and_studies_to_read(tmp_path):
     ]
     questions = ["--limit", "20", "--pruner", "none", "--json", "--out"]
     run = vlmflow("eval", "--task", "jsonl", "--source", folder / "questions.jsonl", *questions, tmp_path / "eval")
-    metric = json.loads(run.stdout.strip().split("\n")[-1])["metric"]
+    metric = json.loads(run.stdout)["metric"]
     assert metric["value"] > 0.7
-    assert f"{metric['images']} images, too few to trust intervals" in run.stdout
+    assert f"{metric['images']} images, too few to trust intervals" in run.stderr
 
 
 def test_samples_overwrite_nothing(tmp_path):
@@ -99,8 +99,26 @@ def test_demo(tmp_path):
 def test_settings_are_judged_by_the_models_own_depth():
     """The second layer before 2 fits pico's preset, whose first is before 1, though not a deeper model's."""
     run = vlmflow("run", "--image", SCENE.image, *ASK, "--set", "k2=2", "--json")
-    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    (only,) = json.loads(run.stdout)["runs"].values()
     assert only["pruner"] == {"name": "himap", "k1": 1, "r1": 0.5, "k2": 2, "r2": 0.75}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "cp1252:strict", "utf-8"])
+def test_a_terminal_that_lacks_characters_is_shown_simpler_ones(encoding):
+    """In columns that still stand below one another, and with an answer that is broken where it must be, not cut."""
+    code = (
+        "from vlmflow.cli import output as o; o.degrade(); table = o.plain_table('tokens', 'é')\n"
+        "table.add_row('576→72', 'x' * 90); o.console.print(table); o.say('✓ ☃ [bold] :warning: ' + chr(0xD800))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    _, header, rule, row, rest, _, text = run.stdout.decode(encoding.split(":")[0]).splitlines()
+    full, accented = encoding == "utf-8", not encoding.startswith("ascii")
+    assert header.split() == ["tokens", "é" if accented else "?"]
+    assert rule.strip() == ("─" if full else "-") * 78
+    assert row.split()[0] == ("576→72" if full else "576>72")
+    assert row.split()[1] + rest.strip() == "x" * 90
+    assert text == ("✓ ☃ [bold] :warning: ?" if full else "+ ? [bold] :warning: ?")
 
 
 def test_lists():
@@ -111,30 +129,30 @@ def test_lists():
 def test_cost_of_the_papers_setting():
     """HiMAP on LLaVA-1.5-7B: Table 1's 2.98 and 0.73 TFLOPs, and what they are when all is counted."""
     run = vlmflow("cost", "--model", "llava-1.5-7b", "--set", "k2=8", "--json")
-    record = json.loads(run.stdout.strip().split("\n")[-1])
+    record = json.loads(run.stdout)
     assert record["schedule"] == [576] * 2 + [288] * 6 + [72] * 24
     assert record["cost"]["unpruned"]["paper_flops"] == 32 * (
         4 * 576 * 4096**2 + 2 * 576**2 * 4096 + 2 * 576 * 4096 * 11008
     )
     assert record["cost"]["pruned"]["paper_flops"] // 10**10 == 73
     assert 8 * 10**12 < record["cost"]["unpruned"]["exact_flops"] < 9 * 10**12
-    assert "0-1: 576, 2-7: 288, 8-31: 72" in " ".join(run.stdout.split())
+    assert "0-1: 576, 2-7: 288, 8-31: 72" in " ".join(run.stderr.split())
 
 
 def test_cost_reads_the_embedded_models_config():
-    record = json.loads(vlmflow("cost", "--model", "pico", "--pruner", "vtw", "--json").stdout.strip().split("\n")[-1])
+    record = json.loads(vlmflow("cost", "--model", "pico", "--pruner", "vtw", "--json").stdout)
     assert record["schedule"] == [576] * 5 + [0] * 5
     assert record["vision_flops"] > record["projector_flops"] > 0
 
 
 def test_cost_of_the_papers_tables():
     run = vlmflow("cost", "--paper", "--json")
-    rows = json.loads(run.stdout.strip().split("\n")[-1])
+    rows = json.loads(run.stdout)
     assert len(rows) == 15
     assert {row["note"] for row in rows if row["printed_tflops"] == "3.06"} == {
         "TFLOPs 3.06: fits no K; ratio 53: K = 3"
     }
-    assert "(6) TFLOPs 1.93: fits no K1, fits no K2" in run.stdout
+    assert "(6) TFLOPs 1.93: fits no K1, fits no K2" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -151,11 +169,11 @@ def test_cost_refuses_in_one_line(args, says):
 
 
 def test_bench_of_a_model_and_of_a_geometry(tmp_path):
-    sizes = ["--batch-size", "1,2", "--new-tokens", "2", "--repeats", "1", "--pruners", "himap,pyramiddrop"]
+    sizes = ["--batch-size", "1,2", "--new-tokens", "2", "--repeats", "1", "--pruners", "himap,pyramiddrop", "--json"]
     run = vlmflow("bench", *sizes, "--save", tmp_path / "bench.json")
     assert run.returncode == 0, run.stderr
-    assert "…" not in run.stdout  # nothing is cut where a terminal is 80 columns wide
-    record = json.loads(run.stdout.strip().split("\n")[-1])
+    assert "…" not in run.stderr  # nothing is cut where a terminal is 80 columns wide
+    record = json.loads(run.stdout)
     assert json.loads((tmp_path / "bench.json").read_text()) == record
     assert [point["batch"] for point in record["points"]] == [1, 2]
     assert record["points"][1]["image_tokens"] == [576, 576]
@@ -241,9 +259,9 @@ def test_what_fails_in_the_end_has_told_its_results(args, file, shown, tmp_path)
     run = vlmflow(*args, tmp_path, "--json")
     assert run.returncode == 2
     assert f"{file}: cannot be written (Is a directory); mend that, or take another place\n" in run.stderr
-    assert shown in run.stdout
-    assert "versions" in run.stdout.strip().split("\n")[-1]
-    assert json.loads(run.stdout.strip().split("\n")[-1])
+    assert shown in run.stderr
+    assert "versions" in run.stdout
+    assert json.loads(run.stdout)
     assert not [*tmp_path.rglob("*.partial")]
 
 

@@ -405,7 +405,7 @@ def test_eval_prints_a_table_and_a_record(questions, tmp_path):
     args = ["eval", "--task", "jsonl", "--source", questions, "--limit", "2", "--max-new-tokens", "4"]
     made = vlmflow(*args, "--out", tmp_path / "out", "--set", "r1=0.25", "--json")
     assert made.exit_code == 0, made.output
-    summary = json.loads(made.stdout.strip().split("\n")[-1])
+    summary = json.loads(made.stdout)
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["settings"]["pruner"] == {"name": "himap", "k1": 1, "r1": 0.25, "k2": 3, "r2": 0.75}
     assert summary["settings"]["pruner_from"] == "Table 3's qa preset; set: r1=0.25"
@@ -480,7 +480,7 @@ def test_sweep_and_report(questions, tmp_path):
     swept = vlmflow("sweep", *task, "--pruners", "himap,vtw", "--budgets", "0.5,0.1", "--out", tmp_path / "s", "--json")
     assert swept.exit_code == 0, swept.output
     assert "himap cannot give a mean of 10.0%" in swept.stderr
-    lines = json.loads(swept.stdout.strip().split("\n")[-1])["lines"]
+    lines = json.loads(swept.stdout)["lines"]
     assert [(line["method"], line["budget"]) for line in lines] == [
         ("none", None),
         ("himap", 0.5),
@@ -509,7 +509,7 @@ def test_sweep_and_report(questions, tmp_path):
     told = vlmflow("report", tmp_path / "s", "--out", tmp_path / "r", "--json")
     assert told.exit_code == 0, told.output
     assert "not finished" in told.stderr
-    record = json.loads(told.stdout.strip().split("\n")[-1])
+    record = json.loads(told.stdout)
     assert [line["method"] for line in record["lines"]] == ["himap", "none", "vtw"]
     by_method = {line["method"]: line for line in record["lines"]}
     assert by_method["himap"]["difference"] == himap["difference"]
@@ -534,7 +534,7 @@ def test_reports_leave_out_what_is_no_evaluation(vlm, questions, tmp_path):
     told = vlmflow("report", tmp_path / "r", "--json")
     assert told.exit_code == 0, told.output
     assert "left out, as it is an experiment of vlmflow flow: " in told.stderr
-    assert [line["method"] for line in json.loads(told.stdout.strip().split("\n")[-1])["lines"]] == ["himap"]
+    assert [line["method"] for line in json.loads(told.stdout)["lines"]] == ["himap"]
 
 
 def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):

@@ -397,7 +397,7 @@ def test_eval_has_a_judge_mark_the_answers(serve, command, tmp_path):
     server, out = serve(lambda request, before: reply(f"0.{number(request)}")), tmp_path / "out"
     made = command("--judge", "j", "--judge-url", server.url, "--json")
     assert made.exit_code == 0, made.output
-    summary = json.loads(made.stdout.strip().split("\n")[-1])
+    summary = json.loads(made.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["metric"]["value"] == pytest.approx(10)
     assert (summary["metric"]["n"], summary["metric"]["excluded"]) == (3, 0)
@@ -448,14 +448,14 @@ def test_a_judge_that_fails_costs_no_answer_and_no_mark(serve, command, tmp_path
     partly = command(*judged, "--json")
     assert partly.exit_code == 0, partly.output
     assert "2, left out" in partly.stdout
-    metric = json.loads(partly.stdout.strip().split("\n")[-1])["metric"]
+    metric = json.loads(partly.stdout)["metric"]
     assert (metric["value"], metric["n"], metric["excluded"]) == (50, 1, 2)
     verdicts = json.loads((out / "verdicts.json").read_text())["verdicts"]
     assert [own["failure"] for own in verdicts.values()] == [None, *["HTTP 503, 5 times"] * 2]
 
     said.clear()
     whole = command(*judged, "--json")
-    metric = json.loads(whole.stdout.strip().split("\n")[-1])["metric"]
+    metric = json.loads(whole.stdout)["metric"]
     assert (metric["value"], metric["n"], metric["excluded"]) == (50, 3, 0)
     assert (out / "rows.jsonl").read_bytes() == rows
     assert [number(request) for request in server.requests].count(0) == 1  # kept from before

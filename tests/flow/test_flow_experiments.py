@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vlmflow import attach
 from vlmflow.cli import app
+from vlmflow.core.grids import WHOLE, Tile, whole_tiles
 from vlmflow.core.images import open_image
 from vlmflow.core.statistics import Interval
 from vlmflow.evaluate.runner import run
@@ -305,11 +306,39 @@ def test_figures_show_every_curve(tmp_path):
     analysis.lengths(tmp_path / "d", {"image": [576] * 5, "text": list(range(200))}, "title")
     flows = {"into this": np.zeros((10, 8)), "into that": np.random.default_rng(0).random((10, 8))}
     picture = Image.open(SCENES[0].image)
-    maps.flow_maps(tmp_path / "e", [picture, picture], [(2, 2), (2, 2)], range(10), flows, "title")
+    maps.flow_maps(tmp_path / "e", [picture, picture], whole_tiles([(2, 2), (2, 2)]), range(10), flows, "title")
     assert all(is_png(tmp_path / f"{name}.png") for name in "abcde")
     before = (tmp_path / "a.svg").read_bytes()
     analysis.by_layer(tmp_path / "a", [0, 1, 2], {"one": rising, "two": rising}, "importance", "title")
     assert (tmp_path / "a.svg").read_bytes() == before
+
+
+def test_patches_of_tiles_are_drawn_where_they_are_in_the_image(tmp_path):
+    """A small picture of 1 x 1, then two tiles of 2 x 2, the second's rows with an end: all faded but three patches."""
+    tiles = [
+        *(Tile(0, (0.0, 0.0, 0.5, 1.0), 2, 2, 0, 2), Tile(0, (0.5, 0.0, 1.0, 1.0), 2, 2, 4, 3)),
+        Tile(0, WHOLE, 1, 1, 10, 1),
+    ]
+    red = Image.new("RGB", (80, 40), (255, 0, 0))
+
+    def pure(kept: list[int]) -> np.ndarray:
+        maps.kept_patches(tmp_path / "a.png", [red], tiles, {"one": {2: kept}}, "")
+        with Image.open(tmp_path / "a.png") as picture:
+            return (np.asarray(picture.convert("RGB")) == (255, 0, 0)).all(2)[:, picture.width // 4 :]
+
+    whole = pure([*range(11)])
+    down, across = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
+    top, left, bottom, right = down[0], across[0], down[-1] + 1, across[-1] + 1
+    shown = pure([10, 1, 6, 7])[top:bottom, left:right]  # token 6 ends a row, and is no patch
+    height, width = shown.shape
+    small, gap = width * 256 // (256 + 8 + 512), width * 8 // (256 + 8 + 512)
+    cell = (width - small - gap) // 4
+    assert shown[5:-5, 5 : small - 5].all()
+    mosaic = shown[:, small + gap :]
+    drawn = [
+        [mosaic[row * height // 2 :, column * cell :][height // 4, cell // 2] for column in range(4)] for row in (0, 1)
+    ]
+    assert np.array(drawn).astype(int).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
 
 
 def test_a_figure_has_no_empty_band(tmp_path):
@@ -349,7 +378,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
     args = ["flow", *command, "--samples", questions, "--device", "cpu", "--out", tmp_path / "out"]
     made = vlmflow(*args, "--json")
     assert made.exit_code == 0, made.output
-    summary = json.loads(made.stdout.strip().split("\n")[-1])
+    summary = json.loads(made.stdout)
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     verdict = (tmp_path / "out/verdict.md").read_text()
     assert verdict in made.stdout
@@ -371,7 +400,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
 def test_show_draws_patches(tmp_path):
     made = vlmflow("flow", "show", "--image", SCENES[0].image, "--prompt", COLOUR, "--layers", "0,8-9", "--out", tmp_path / "out", "--json")  # fmt: skip  # noqa: E501
     assert made.exit_code == 0, made.output
-    record = json.loads(made.stdout.strip().split("\n")[-1])
+    record = json.loads(made.stdout)
     assert record == json.loads((tmp_path / "out/flow.json").read_text())
     assert record["layers"] == [0, 8, 9]
     assert record["importance"]["into each other"][2] == 0

@@ -20,9 +20,6 @@ from vlmflow.engine.target import Target
 from vlmflow.evaluate import launch
 from vlmflow.evaluate.on_ray import Loading
 from vlmflow.evaluate.rows import Row
-from vlmflow.flow import picture
-from vlmflow.models import Question, load, open_image
-from vlmflow.pico import samples
 from vlmflow.records.files import RecordError
 from vlmflow.records.folder import Folder
 from vlmflow.tasks import TASKS, Source, TaskError
@@ -99,14 +96,6 @@ def test_one_model_a_process_under_torchrun(monkeypatch):
             samples=[],
             progress=lambda *_: None,
         )
-
-
-def test_a_picture_of_tokens_that_form_no_grid(monkeypatch):
-    scene = samples()[0]
-    monkeypatch.setattr(picture, "patch_grids", lambda *_: None)
-    question = Question(scene.questions[0].text, (open_image(scene.image),))
-    with pytest.raises(ValueError, match="no picture: this model's image tokens do not form one grid an image"):
-        picture.patches(load("pico", "cpu"), question)
 
 
 def test_a_preset_of_no_task():

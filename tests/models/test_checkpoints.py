@@ -19,12 +19,12 @@ import tiny
 from vlmflow import HiMAP, prune
 from vlmflow.cli import app
 from vlmflow.core.families import PRICED
+from vlmflow.core.grids import WHOLE, Tile
 from vlmflow.engine.backends import set_aside_broken_torchvision
-from vlmflow.models import Question, load
+from vlmflow.models import Question, load, seen_by
 from vlmflow.models.processors import ProcessorError, load_processor
 from vlmflow.records.files import RecordError
 
-TILES = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm", "lfm2_vl")
 VIDEOS = [name for name in PRICED if name.startswith(("llava_one", "internvl", "smolvlm", "qwen", "glm"))]
 FOR_VIDEOS = "fits this torch" if set_aside_broken_torchvision() else re.escape('pip install "vlmflow[video]"')
 NO_TORCHVISION = find_spec("torchvision") is None
@@ -87,22 +87,81 @@ def test_every_family_has_a_checkpoint():
 
 @pytest.mark.parametrize("name", PRICED)
 def test_run(checkpoint, pictures, tmp_path, name):
-    """One image, several, and one that is cut into tiles; a picture of the patches where an image is one grid."""
+    """One image, several, and one that is cut into tiles; a picture of the patches, unless pixels come as patches."""
     for shown, count in zip((["square"], ["square", "tall"], ["wide"]), checkpoints.COUNTS[name], strict=True):
         images = [part for one in shown for part in ("--image", pictures[one])]
         save = ["--save", tmp_path / "out"] if shown == ["wide"] else []
         printed = vlmflow("run", "--model", checkpoint(name), *images, *ASK, *save, "--json")
-        (only,) = json.loads(printed.strip().split("\n")[-1])["runs"].values()
+        (only,) = json.loads(printed)["runs"].values()
         assert only["image_tokens"][0] == count
         assert only["image_tokens"][-1] < count / 4
         assert only["answer"]["tokens"] == 2
-    assert (tmp_path / "out" / "patches.png").exists() == (name not in TILES)
+    assert (tmp_path / "out" / "patches.png").exists() == (name != "lfm2_vl")
+
+
+def cut(image: int, first: int, side: int, down: int, across: int) -> list[Tile]:
+    """Equal tiles, row by row, and the whole image behind them."""
+    boxes = [
+        (column / across, row / down, (column + 1) / across, (row + 1) / down)
+        for row in range(down)
+        for column in range(across)
+    ]
+    return [Tile(image, box, side, side, first + number * side**2, side) for number, box in enumerate([*boxes, WHOLE])]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "tiles"),
+    [
+        ("llava_next", ["wide"], [Tile(0, WHOLE, 2, 2, 0, 2), Tile(0, WHOLE, 2, 4, 4, 5)]),  # 5: an end to each row
+        (
+            "llava_next",
+            ["square", "tall"],
+            [
+                *(Tile(0, WHOLE, 2, 2, 0, 2), Tile(0, WHOLE, 4, 4, 4, 5)),
+                *(Tile(1, WHOLE, 2, 2, 24, 2), Tile(1, WHOLE, 4, 2, 28, 3)),
+            ],
+        ),
+        ("llava_onevision", ["wide"], [Tile(0, WHOLE, 2, 2, 0, 2), Tile(0, WHOLE, 2, 4, 4, 5)]),
+        ("llava_onevision", ["square", "tall"], [Tile(0, WHOLE, 2, 2, 0, 2), Tile(1, WHOLE, 2, 2, 5, 2)]),
+        ("internvl", ["wide"], cut(0, 0, 4, 1, 4)),
+        ("internvl", ["square", "tall"], [Tile(0, WHOLE, 4, 4, 0, 4), *cut(1, 16, 4, 2, 1)]),
+        ("idefics3", ["square", "tall"], [*cut(0, 0, 4, 2, 2), *cut(1, 80, 4, 2, 1)]),
+        ("smolvlm", ["wide", "square", "wide"], [*cut(0, 0, 4, 1, 2), *cut(1, 48, 4, 2, 2), *cut(2, 128, 4, 1, 2)]),
+    ],
+)
+def test_where_the_tokens_of_tiles_lie(checkpoint, pictures, name, shown, tiles):
+    vlm = load(str(checkpoint(name)), device="cpu")
+    question = Question("?", tuple(Image.open(pictures[one]).convert("RGB") for one in shown))
+    inputs = vlm.encode([question])
+    seen = seen_by(vlm, question, inputs, (inputs["input_ids"][0] == tiny.IMAGE).nonzero().flatten().tolist())
+    assert seen.grids is None
+    assert seen.tiles == tiles
+
+
+def test_tiles_that_are_found_nowhere_are_not_guessed(checkpoint, pictures):
+    vlm = load(str(checkpoint("idefics3")), device="cpu")
+    wide = Image.open(pictures["wide"]).convert("RGB")
+    turned = wide.transpose(Image.Transpose.ROTATE_180)
+    inputs = vlm.encode([Question("?", (wide,))])
+    positions = (inputs["input_ids"][0] == tiny.IMAGE).nonzero().flatten().tolist()
+    assert seen_by(vlm, Question("?", (turned,)), inputs, positions).tiles is None
+
+
+def test_where_no_picture_can_be_drawn_the_numbers_are_written(checkpoint, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmflow.models.tiles._parts", lambda *_: None)
+    asked = ["--model", checkpoint("llava_next"), "--image", pictures["wide"], "--prompt", "What color?"]
+    for command, out, file in (("run", "--save", "record.json"), ("flow show", "--out", "flow.json")):
+        done = CliRunner().invoke(app, [*command.split(), *map(str, [*asked, out, tmp_path])], catch_exceptions=False)
+        assert done.exit_code == 0, done.stderr
+        assert done.stderr == "no picture: where this model's image tokens lie in their images cannot be told\n"
+        assert json.loads((tmp_path / file).read_text())["seen"]["tiles"] is None
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
 
 
 @pytest.mark.parametrize("name", PRICED)
 def test_run_on_text_alone(checkpoint, name):
     printed = vlmflow("run", "--model", checkpoint(name), *ASK, "--json")
-    (only,) = json.loads(printed.strip().split("\n")[-1])["runs"].values()
+    (only,) = json.loads(printed)["runs"].values()
     assert set(only["image_tokens"]) == {0}
     assert only["answer"]["tokens"] == 2
     assert only["cost"]["shares"]["exact_flops"] == 1
@@ -199,7 +258,7 @@ def test_a_broken_torchvision_is_told_of(checkpoint, pictures, broken_torchvisio
     assert run.returncode == 0, run.stderr
     (line,) = run.stderr.strip().split("\n")
     assert line.endswith("fits this torch (RuntimeError: operator torchvision::nms does not exist)")
-    (only,) = json.loads(run.stdout.strip().split("\n")[-1])["runs"].values()
+    (only,) = json.loads(run.stdout)["runs"].values()
     assert only["image_tokens"][0] == 36
 
 

@@ -32,7 +32,7 @@ def norm(tmp_path) -> Path:
 
 def last_line(run) -> dict:
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.strip().split("\n")[-1])
+    return json.loads(run.stdout)
 
 
 # -- the file in the commands
@@ -82,7 +82,7 @@ def test_sweep(norm, tmp_path):
 
 
 def test_bench(norm):
-    record = last_line(vlmflow("bench", "--pruners", f"{norm}:Norm", "--new-tokens", "1", "--repeats", "1"))
+    record = last_line(vlmflow("bench", "--pruners", f"{norm}:Norm", "--new-tokens", "1", "--repeats", "1", "--json"))
     (point,) = record["points"]
     assert point["methods"].keys() == {"none", "norm"}
     assert point["methods"]["norm"]["pruner"] == {"name": "norm", "k": 2, "ratio": 0.5}

@@ -15,6 +15,7 @@ from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.flow import flow
 from vlmflow.cli.groups import OnceEach, with_groups
 from vlmflow.cli.lists import models, pruners
+from vlmflow.cli.output import degrade, only_json
 from vlmflow.cli.run import demo, run
 from vlmflow.cli.samples import samples
 
@@ -39,6 +40,7 @@ def root(
     ] = False,
 ) -> None:
     """Options that need no command."""
+    only_json(False)  # what an earlier command of this process wanted
     if traceback:
         os.environ["VLMFLOW_TRACEBACK"] = "1"  # for workers too
     if version:
@@ -48,6 +50,7 @@ def root(
 
 def main() -> None:
     """Quiet libraries, then the command (``vlmflow.__main__`` is the entry point)."""
+    degrade()
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.formatwarning = _format_warning

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from vlmflow.cli.options import (
     MOST,
+    JsonOption,
     LoadingOptions,
     ModelOption,
     PrunersOption,
@@ -21,7 +22,7 @@ from vlmflow.cli.options import (
     refuse_without,
     task_named,
 )
-from vlmflow.cli.output import console, err_console, json_last, plain_table, refusals
+from vlmflow.cli.output import console, err_console, plain_table, print_json, refusals, say
 from vlmflow.core.geometry import GEOMETRIES, geometry_named
 from vlmflow.pruners import PUBLISHED, Unpruned
 from vlmflow.records.files import versions, write_json
@@ -83,12 +84,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Interleaved rounds, after one that warms up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, max=MOST, help="Processor threads; default: torch's.")] = None,
     save: Annotated[Path | None, typer.Option(help="A JSON file for the record.")] = None,
+    json_: JsonOption = False,
     loading: LoadingOptions,
 ) -> None:
-    """Measure first-token time, time per further token and memory of methods beside the unpruned model.
-
-    The last line is one JSON object.
-    """
+    """Measure first-token time, time per further token and memory of methods beside the unpruned model."""
     import torch
 
     from vlmflow.speed.latency import Request, compare, machine
@@ -149,10 +148,13 @@ def bench(
         commit=getattr(model.config, "_commit_hash", None),
         questions=asked,
     )
-    with refusals(), json_last(to_json(measured)):
-        if save is not None:
-            write_json(save, to_json(measured))
-            typer.echo(f"wrote {save}")
+    record = to_json(measured)
+    if json_:
+        print_json(record)  # first: what took long to measure is not lost with a place that is full
+    if save is not None:
+        with refusals():
+            write_json(save, record)
+        say(f"wrote {save}")
 
 
 def first_questions(task: str, source: Path | None, count: int) -> tuple[list[Question], dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -12,7 +11,7 @@ import typer
 from rich.filesize import decimal
 
 from vlmflow.cli.options import MOST, JsonOption, PrunerOptions
-from vlmflow.cli.output import console, plain_table, refusals
+from vlmflow.cli.output import console, plain_table, print_json, refusals
 from vlmflow.core.cost import projector_flops, vision_flops
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.evaluate.published import paper_tables
@@ -80,7 +79,7 @@ def cost(
             projector_flops=projector,
             commit=commit,
         )
-        typer.echo(json.dumps(to_json(record)))
+        print_json(to_json(record))
 
 
 def read_geometry(model: str, revision: str | None) -> tuple[Geometry, str | None]:
@@ -139,4 +138,4 @@ def print_paper(json_: bool) -> None:
     for number, note in enumerate(notes, start=1):
         console.print(f"({number}) {note}")
     if json_:
-        typer.echo(json.dumps([asdict(row) for row in rows]))
+        print_json([asdict(row) for row in rows])

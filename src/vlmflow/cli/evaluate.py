@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from vlmflow.cli.options import (
     task_named,
     under_torchrun,
 )
-from vlmflow.cli.output import console, json_last, plain_table, print_table, refusals, remark
+from vlmflow.cli.output import console, plain_table, print_json, print_table, refusals, remark, say
 from vlmflow.cli.progress import bars, do_job, show, stoppable
 from vlmflow.core.statistics import too_few
 from vlmflow.evaluate.budgets import for_task
@@ -93,9 +92,9 @@ def evaluate(
                 summary = mark(out_dir, evaluation, marker, samples)
                 unmarked = why_unmarked(out_dir)
     _print_summary(summary, chosen)
-    typer.echo(f"wrote {out_dir / 'summary.json'}")
+    say(f"wrote {out_dir / 'summary.json'}")
     if json_:
-        typer.echo(json.dumps(summary))
+        print_json(summary)
     if not summary["samples"]["answered"]:
         remark("every sample failed")
         raise typer.Exit(1)
@@ -145,11 +144,13 @@ def sweep(
     print_table(budget_grid(swept.lines, chosen.title, wide=False))
     for note in notes_on(swept.lines):
         remark(note)
-    with refusals(), json_last(swept.record if json_ else None):
+    if json_:
+        print_json(swept.record)
+    with refusals():
         written = swept.write(out_dir)
         if _draw(swept.lines, out_dir / "pareto.png", f"{chosen.title}, {model}"):
             written.append("pareto.png")
-        typer.echo(f"wrote {', '.join(written)} to {out_dir}")
+    say(f"wrote {', '.join(written)} to {out_dir}")
 
 
 def report(
@@ -176,13 +177,15 @@ def report(
     for grid in made.grids:
         print_table(grid)
     for note in made.notes:
-        console.print(note, highlight=False, markup=False)
-    with refusals(), json_last(record if json_ else None):
-        if out_dir is not None:
+        console.print(note, highlight=False)
+    if json_:
+        print_json(record)
+    if out_dir is not None:
+        with refusals():
             write_text(out_dir / "report.md", made.markdown())
             write_text(out_dir / "report.csv", table_of(made.lines).csv())
             write_json(out_dir / "report.json", record)
-            typer.echo(f"wrote report.md, report.csv, report.json to {out_dir}")
+        say(f"wrote report.md, report.csv, report.json to {out_dir}")
 
 
 # -- what they print

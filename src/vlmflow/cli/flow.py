@@ -25,12 +25,12 @@ from vlmflow.cli.options import (
     pictures_named,
     task_named,
 )
-from vlmflow.cli.output import json_last, refusals, remark
+from vlmflow.cli.output import NO_PICTURE, print_json, refusals, remark, say
 from vlmflow.cli.progress import do_job
 from vlmflow.flow.layers import Layers, named_layers
 from vlmflow.flow.table import EXPERIMENTS
 from vlmflow.records.files import versions, write_json
-from vlmflow.records.schema import FlowRecord, SeenImages, from_json, to_json
+from vlmflow.records.schema import FlowRecord, from_json, to_json
 from vlmflow.tasks import TASKS, Source, Task
 
 if TYPE_CHECKING:
@@ -97,13 +97,15 @@ def study_command(experiment: type[Experiment]) -> Callable[..., None]:
             samples = job.samples()
         size, title = study.batch_size, f"{experiment.name} {task.name}"
         summary = do_job(lambda attends: job, load, out_dir, on_ray, batch_size=size, samples=samples, title=title)
-        typer.echo((out_dir / "verdict.md").read_text(encoding="utf-8"))
+        say((out_dir / "verdict.md").read_text(encoding="utf-8"))
         for sample, reason in summary["failed"].items():
             remark(f"{sample} failed: {reason}")
-        with refusals(), json_last(summary if json_ else None):
+        if json_:
+            print_json(summary)
+        with refusals():
             figures = chosen.figures(from_json(experiment.summary_type, summary, out_dir), out_dir)
-            drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
-            typer.echo(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
+        drawn = [f"{stem}.{ending}" for stem in figures for ending in ("png", "svg")]
+        say(f"wrote summary.json, verdict.md, {', '.join(drawn)} to {out_dir}")
 
     command.__annotations__["settings"] = _options_of(experiment, kinds)
     command.__doc__ = (inspect.getdoc(experiment) or "").split("\n")[0]
@@ -162,15 +164,20 @@ def show_(
             layers=list(drawn.layers),
             importance={label: importance.double().sum(1).tolist() for label, importance in drawn.flows.items()},
             versions=versions(),
-            seen=SeenImages([picture.size for picture in question.images], drawn.positions, drawn.grids),
+            seen=drawn.seen,
             maps={label: importance.tolist() for label, importance in drawn.flows.items()},
         )
-    with refusals(), json_last(to_json(record) if json_ else None):
+    if json_:
+        print_json(to_json(record))
+    with refusals():
         write_json(out_dir / "flow.json", to_json(record))
-        title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
-        arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
-        flow_maps(out_dir / "flow", drawn.images, drawn.grids, drawn.layers, arrays, title)
-        typer.echo(f"wrote flow.png, flow.svg, flow.json to {out_dir}")
+        if drawn.seen.tiles is None:
+            remark(NO_PICTURE)
+        else:
+            title = f"{prompt} → {drawn.token.strip()}\nred: the flow that matters; in percent: the layer's share of it"
+            arrays = {label: importance.cpu().numpy() for label, importance in drawn.flows.items()}
+            flow_maps(out_dir / "flow", drawn.images, drawn.seen.tiles, drawn.layers, arrays, title)
+    say(f"wrote {'flow.png, flow.svg, ' if drawn.seen.tiles is not None else ''}flow.json to {out_dir}")
 
 
 def _layers(text: str) -> Layers:

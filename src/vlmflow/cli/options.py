@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlmflow.cli.output import only_json
 from vlmflow.evaluate.judge import Judge
 from vlmflow.pico import picture_file
 from vlmflow.pruners import PRUNERS, Pruner, find_pruners, make_pruner, parse_fields
@@ -42,7 +43,9 @@ PrunersOption = Annotated[
 OutOption = Annotated[
     Path, typer.Option("--out", "-o", help="Folder for results; an unfinished run in it is continued.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line last.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", callback=only_json, help="Print one line of JSON, and all else on stderr.")
+]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def show(progress: Bars, title: str) -> Progress:
             return
         if row.failure is not None:
             failed += 1
-            progress.console.print(f"{row.id} failed: {row.failure}", highlight=False, markup=False)
+            progress.console.print(f"{row.id} failed: {row.failure}", highlight=False)
         each = (time.perf_counter() - start) / (done - before)
         rate = f"{1 / each:.1f} a second" if each < 1 else f"{each:.1f} s each"
         pace = [rate, f"{timedelta(seconds=round(each * (total - done)))} left"]

@@ -21,15 +21,15 @@ from vlmflow.cli.options import (
     checked_prompt,
     pictures_named,
 )
-from vlmflow.cli.output import console, err_console, json_last, plain_table, refusals, remark
+from vlmflow.cli.output import NO_PICTURE, console, err_console, plain_table, print_json, refusals, remark, say
 from vlmflow.pruners import PRUNERS, make_pruner
 from vlmflow.records.files import versions, write_json
-from vlmflow.records.schema import DemoRecord, RunRecord, SeenImages, to_json
+from vlmflow.records.schema import DemoRecord, RunRecord, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmflow.models import VLM, Question, Run
+    from vlmflow.models import Question, Run
     from vlmflow.pico import ScenePicture, SceneQuestion
 
 LEGEND = (
@@ -62,7 +62,7 @@ def run(
         pruner.settings()  # wrong names, before a model is loaded
         if save is not None:
             check_folder("--save", save)
-        from vlmflow.models import Question
+        from vlmflow.models import Question, seen_by
 
         images = image or []
         question = Question(checked_prompt(prompt), pictures_named(images))
@@ -87,10 +87,12 @@ def run(
         images=[str(path) for path in images],
         versions=versions(),
         runs={name: run.record() for name, run in runs.items()},
-        seen=seen_by(vlm, question, inputs, next(iter(runs.values()))),
+        seen=seen_by(vlm, question, inputs, next(iter(runs.values())).positions),
     )
-    with refusals(), json_last(to_json(record) if json_ else None):
-        if save is not None:
+    if json_:
+        print_json(to_json(record))
+    if save is not None:
+        with refusals():
             save_run(save, question, inputs, runs, record)
 
 
@@ -107,7 +109,7 @@ def cost_table(*columns: str) -> Table:
     """A table whose last columns are what pruning saves; ``LEGEND`` says what they mean."""
     table = plain_table("method", *columns, "image tokens", "mean", "Eq. 10", "FLOPs", "KV")
     for column in table.columns:
-        column.no_wrap = column.header != "answer"
+        column.no_wrap = column.header not in ("method", "answer")
     return table
 
 
@@ -118,30 +120,22 @@ def cost_cells(run: Run) -> list[str]:
     return [run.steps, f"{table['mean_image_tokens'][1]:.0f}", *shares]
 
 
-def seen_by(vlm: VLM, question: Question, inputs: dict[str, Tensor], run: Run) -> SeenImages:
-    """How the question's images became tokens; all methods see them alike."""
-    from vlmflow.models import patch_grids
-
-    grids = patch_grids(inputs, vlm.model.config, len(run.positions), len(question.images))
-    return SeenImages([image.size for image in question.images], list(run.positions), grids)
-
-
 def save_run(
     folder: Path, question: Question, inputs: dict[str, Tensor], runs: Mapping[str, Run], record: RunRecord | DemoRecord
 ) -> None:
-    """Write ``record.json`` and, where the image tokens form grids, ``patches.png``."""
+    """Write ``record.json`` and, where it is known how the image tokens lie, ``patches.png``."""
     from vlmflow.figures import maps
     from vlmflow.models import seen_images
 
     write_json(folder / "record.json", to_json(record))
-    typer.echo(f"wrote {folder / 'record.json'}")
-    if record.seen is None or record.seen.grids is None:
-        remark("no picture: this model's image tokens do not form one grid an image")
+    say(f"wrote {folder / 'record.json'}")
+    if record.seen is None or record.seen.tiles is None:
+        remark(NO_PICTURE)
         return
     methods = {f"{name}: {run.answer.text[:40]}": run.stages for name, run in runs.items()}
     images = seen_images(inputs, question.images)
-    maps.kept_patches(folder / "patches.png", images, record.seen.grids, methods, question.text)
-    typer.echo(f"wrote {folder / 'patches.png'}")
+    maps.kept_patches(folder / "patches.png", images, record.seen.tiles, methods, question.text)
+    say(f"wrote {folder / 'patches.png'}")
 
 
 def demo(
@@ -151,7 +145,7 @@ def demo(
 ) -> None:
     """Ask the embedded model about its sample pictures under every method: answers, tokens, cost, time."""
     from vlmflow.core.images import open_image
-    from vlmflow.models import Question, load
+    from vlmflow.models import Question, load, seen_by
     from vlmflow.models.ask import ask
     from vlmflow.pico import samples
     from vlmflow.speed.latency import Request, compare
@@ -188,7 +182,7 @@ def demo(
         asked=total,
         right=right,
         runs={name: run.record() for name, run in shown.items()},
-        seen=seen_by(vlm, first, inputs, shown["none"]),
+        seen=seen_by(vlm, first, inputs, shown["none"].positions),
     )
     with refusals():
         save_run(out_dir, first, inputs, {name: run for name, run in shown.items() if name != "none"}, record)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vlmflow.cli.options import check_folder
-from vlmflow.cli.output import refusals
+from vlmflow.cli.output import refusals, say
 from vlmflow.records.files import replacing, write_text
 
 QUESTIONS = "questions.jsonl"
@@ -46,4 +46,4 @@ def samples(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where th
             if question.kind != "caption"  # no caption is the right one
         ]
         write_text(folder / QUESTIONS, "".join(json.dumps(line) + "\n" for line in lines))
-    typer.echo(f"wrote {len(scenes)} pictures and {QUESTIONS} with {len(lines)} questions to {folder}")
+    say(f"wrote {len(scenes)} pictures and {QUESTIONS} with {len(lines)} questions to {folder}")

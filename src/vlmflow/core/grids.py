@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vlmflow.core.widths import Config
 
 Grids = list[tuple[int, int]]  # rows and columns of each image's tokens
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of an image whose tokens form a grid, row by row.
+
+    ``box`` is what it shows: left, top, right and bottom in shares of the image's width and height. ``first`` is the
+    number of its first token among the prompt's image tokens, ``step`` how many tokens later the next row starts:
+    ``columns``, or one more where a token that is no patch ends each row.
+    """
+
+    image: int
+    box: tuple[float, float, float, float]
+    rows: int
+    columns: int
+    first: int
+    step: int
+
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of a tile that shows all of its image
+
+
+def whole_tiles(grids: Grids) -> list[Tile]:
+    """The tiles of images that are one grid each."""
+    tiles, first = [], 0
+    for image, (rows, columns) in enumerate(grids):
+        tiles.append(Tile(image, WHOLE, rows, columns, first, columns))
+        first += rows * columns
+    return tiles
 
 
 def by_patch_grid(inputs: Mapping[str, Any], config: Config, n_image: int, n_pictures: int) -> Grids | None:

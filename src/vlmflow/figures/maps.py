@@ -9,10 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vlmflow.core.grids import WHOLE, Tile
 from vlmflow.figures.style import save, save_both
 
 _WIDTH = 2.2  # inches that one picture takes
 _COLUMNS = 4
+_CELL = 16  # pixels that the smallest patch takes at least
+_LEAST = 256  # pixels that a picture takes at least
 _FADED = 0.82  # how far a dropped patch goes towards white
 _FULL = np.array([0.62, 0.10, 0.0])  # the colour of the patch that matters most; dark, so that it is seen in print
 
@@ -20,17 +23,17 @@ _FULL = np.array([0.62, 0.10, 0.0])  # the colour of the patch that matters most
 def kept_patches(
     path: Path,
     images: Sequence[Image.Image],
-    grids: Sequence[tuple[int, int]],
+    tiles: Sequence[Tile],
     methods: Mapping[str, Mapping[int, Sequence[int]]],
     title: str,
 ) -> None:
     """Draw the images, then what each method kept of them at each stage, dropped patches faded.
 
-    ``grids`` gives rows and columns of each image's tokens; ``methods`` maps a label to its stages: layer -> numbers of
-    the image tokens that stayed.
+    ``tiles`` say where the images' tokens lie; ``methods`` maps a label to its stages: layer -> numbers of the image
+    tokens that stayed.
     """
-    strip, cells = _side_by_side(images, grids)
-    panels = [("what the model sees", f"{len(cells)} image tokens", strip)]
+    strip, cells = _side_by_side(images, tiles)
+    panels = [("what the model sees", f"{len(cells)} patches", strip)]
     for label, stages in methods.items():
         for layer, kept in stages.items():
             panels.append((label, f"from layer {layer} on: {len(kept)} tokens", _fade(strip, cells, kept)))
@@ -50,7 +53,7 @@ def kept_patches(
 def flow_maps(
     stem: Path,
     images: Sequence[Image.Image],
-    grids: Sequence[tuple[int, int]],
+    tiles: Sequence[Tile],
     layers: Sequence[int],
     flows: Mapping[str, np.ndarray],
     title: str,
@@ -60,7 +63,7 @@ def flow_maps(
     ``flows`` maps a label to (layer, image token). Each picture has its own scale, from grey for nothing to full colour
     for its largest; the share above it is that of the layer in this flow over all layers shown.
     """
-    strip, cells = _side_by_side(images, grids)
+    strip, cells = _side_by_side(images, tiles)
     grey = (np.asarray(Image.fromarray(strip).convert("L"), float) / 2 + 127)[..., None].repeat(3, 2) / 255
     bands = -(-len(layers) // 8)
     columns = -(-len(layers) // bands)
@@ -74,7 +77,7 @@ def flow_maps(
         for number, layer in enumerate(layers):
             axis = axes[number // columns * len(flows) + row, number % columns]
             heat = np.zeros((*strip.shape[:2], 1))
-            for token, cell in enumerate(cells):
+            for token, cell in cells.items():
                 heat[cell] = importance[number, token] / (importance[number].max() or 1.0)
             axis.imshow(_FULL * heat + grey * (1 - heat))
             share = f"{importance[number].sum() / total:.0%}" if total > 0 else "none"
@@ -85,27 +88,47 @@ def flow_maps(
 
 
 def _side_by_side(
-    images: Sequence[Image.Image], grids: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, list[tuple[slice, slice]]]:
-    """All images at one height in a row, and the pixels of each image token in it."""
-    side = max(rows for rows, _ in grids) * 16
-    pictures, cells, left = [], [], 0
-    for image, (rows, columns) in zip(images, grids, strict=True):
+    images: Sequence[Image.Image], tiles: Sequence[Tile]
+) -> tuple[np.ndarray, dict[int, tuple[slice, slice]]]:
+    """All images at one height in a row, and the pixels in it of each image token that is a patch.
+
+    An image that was cut into tiles stands behind its small picture, with a white line between one tile and the next.
+    """
+    views: list[list[Tile]] = []
+    for tile in sorted(tiles, key=lambda tile: (tile.image, tile.box != WHOLE)):
+        if tile.box != WHOLE and views and views[-1][0].box != WHOLE and views[-1][0].image == tile.image:
+            views[-1].append(tile)
+        else:
+            views.append([tile])
+    tall = [sum(tile.rows for tile in view if tile.box[0] == 0) for view in views]
+    wide = [sum(tile.columns for tile in view if tile.box[1] == 0) for view in views]
+    side, gap = max(_CELL * max(tall), _LEAST), _CELL // 2
+    pictures, cells, left = [], {}, 0
+    for view, rows, columns in zip(views, tall, wide, strict=True):
         width = round(side * columns / rows)
-        pictures.append(np.asarray(image.convert("RGB").resize((width, side))))
-        across = left + np.linspace(0, width, columns + 1).round().astype(int)
-        down = np.linspace(0, side, rows + 1).round().astype(int)
-        cells += [
-            (slice(down[row], down[row + 1]), slice(across[column], across[column + 1]))
-            for row in range(rows)
-            for column in range(columns)
-        ]
-        left += width
-    return np.concatenate(pictures, axis=1), cells
+        picture = np.array(images[view[0].image].convert("RGB").resize((width, side)))
+        for tile in view:
+            x0, y0, x1, y1 = (round(share * length) for share, length in zip(tile.box, (width, side) * 2, strict=True))
+            across = np.linspace(x0, x1, tile.columns + 1).round().astype(int)
+            down = np.linspace(y0, y1, tile.rows + 1).round().astype(int)
+            if tile.box[0] > 0:
+                picture[y0:y1, x0 - 1 : x0 + 1] = 255
+            if tile.box[1] > 0:
+                picture[y0 - 1 : y0 + 1, x0:x1] = 255
+            for row in range(tile.rows):
+                for column in range(tile.columns):
+                    cells[tile.first + row * tile.step + column] = (
+                        slice(down[row], down[row + 1]),
+                        slice(left + across[column], left + across[column + 1]),
+                    )
+        pictures += [np.full((side, gap, 3), 255, np.uint8), picture]
+        left += width + gap
+    return np.concatenate(pictures[1:], axis=1), cells
 
 
-def _fade(strip: np.ndarray, cells: Sequence[tuple[slice, slice]], kept: Sequence[int]) -> np.ndarray:
+def _fade(strip: np.ndarray, cells: Mapping[int, tuple[slice, slice]], kept: Sequence[int]) -> np.ndarray:
     faded = (strip + (255 - strip) * _FADED).astype(np.uint8)
     for token in kept:
-        faded[cells[token]] = strip[cells[token]]
+        if token in cells:  # else it ends a row
+            faded[cells[token]] = strip[cells[token]]
     return faded

@@ -12,6 +12,7 @@ from vlmflow.models.load import (
     load_geometry,
     read_attends,
 )
+from vlmflow.models.tiles import seen_by
 from vlmflow.models.vlm import VLM, Answer, ModelError, Question
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "open_image",
     "patch_grids",
     "read_attends",
+    "seen_by",
     "seen_images",
 ]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError, WithJsonSchema
 
 from vlmflow.core.cost import Cost, Figures
+from vlmflow.core.grids import Tile
 from vlmflow.core.statistics import Interval
 from vlmflow.records.files import RecordError, read_json
 
@@ -83,12 +84,14 @@ class SeenImages:
     """How a prompt's images became tokens.
 
     ``positions`` are the image tokens' places in the prompt, ``sizes`` the images as they were given; ``grids`` has the
-    rows and columns of each image's tokens, None where they are not one grid an image.
+    rows and columns of each image's tokens, None where they are not one grid an image. ``tiles`` has every grid, those
+    of images that a model sees in parts too, None where that cannot be told.
     """
 
     sizes: list[Size]
     positions: list[int]
     grids: list[Grid] | None
+    tiles: list[Tile] | None = None
 
 
 @dataclass(frozen=True)
