@@ -537,6 +537,17 @@ def test_reports_leave_out_what_is_no_evaluation(vlm, questions, tmp_path):
     assert [line["method"] for line in json.loads(told.stdout)["lines"]] == ["himap"]
 
 
+def test_an_interval_without_width_is_made_anew(vlm, questions, tmp_path):
+    """As earlier versions wrote for all right."""
+    summary = run(vlm, evaluation(questions, pruner=Unpruned(), limit=1), tmp_path / "out")
+    value, interval = summary["metric"]["value"], summary["metric"]["interval"]
+    assert interval[1] - interval[0] == pytest.approx(79.3, abs=0.1)
+    summary["metric"]["interval"] = [value, value]
+    (tmp_path / "out/summary.json").write_text(json.dumps(summary))
+    (line,) = report(find_results([tmp_path])[0]).lines
+    assert [line.low, line.high] == interval
+
+
 def test_reports_keep_apart_what_differs(vlm, questions, tmp_path):
     run(vlm, evaluation(questions, pruner=Unpruned(), limit=3), tmp_path / "a/none", batch_size=3)
     run(vlm, evaluation(questions, limit=2), tmp_path / "a/himap", batch_size=3)

@@ -583,6 +583,9 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_what_was_downloaded_is_tak
         asked.append((path, hub.config.HF_HUB_OFFLINE))
         return table
 
+    def never_downloaded(path, **_):
+        raise ConnectionError(f"Couldn't reach {path!r}")
+
     monkeypatch.setattr(hub, "load_dataset", load)
     monkeypatch.setattr(hub.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("vlmflow.core.hub.ANSWER_WITHIN", 0.5)
@@ -591,10 +594,13 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_what_was_downloaded_is_tak
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.perf_counter()
         TASKS["mmvet"].samples()
+        assert asked == [("lmms-lab-encoder/MMVet", True)]
+        monkeypatch.setattr(hub, "load_dataset", never_downloaded)
+        with pytest.raises(TaskError, match=r"MMVet .*: cannot be loaded \(http://127.* cannot be reached \(\w+\)\); "):
+            TASKS["mmvet"].samples()
         assert time.perf_counter() - start < 5
-    assert asked == [("lmms-lab-encoder/MMVet", True)]
     assert hub.config.HF_HUB_OFFLINE is False
-    assert caplog.messages == [f"vlmflow: asking {constants.ENDPOINT} for lmms-lab-encoder/MMVet"]
+    assert caplog.messages == [f"vlmflow: asking {constants.ENDPOINT} for lmms-lab-encoder/MMVet"] * 2
 
 
 def test_a_data_set_that_is_there_is_not_looked_for_elsewhere(monkeypatch, hub):

@@ -41,8 +41,8 @@ def in_markdown(summary: StudySummary, sections: Sequence[str]) -> str:
         f"{counts.asked} samples: {counts.dropped} dropped, as they were answered right about a blank picture as "
         f"well, {counts.failed} failed, {counts.kept} kept, about {counts.images} images. Of those kept, the "
         f"right answer's first token was the likeliest for {summary.right.text('.1%')}. Intervals are of 95 % over "
-        + (too_few(counts.images) or "images")
-        + ": Wilson's for shares of right answers, else bootstraps."
+        "images, Wilson's for shares of right answers and else bootstraps"
+        + (f"; {few}." if (few := too_few(counts.images)) else ".")
     )
     return "\n\n".join([opening, *sections]) + "\n"
 

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
-from vlmflow.core.errors import typed_line
+from vlmflow.core.errors import one_line, typed_line
 from vlmflow.core.hub import HubError, UnreachableError, ask
 from vlmflow.records.files import parse_json, read_text
 from vlmflow.tasks.sample import LETTERS, Picture, Sample, TaskError
@@ -257,9 +257,8 @@ def read_hub(hub: Hub, source: Source, image_name: str | None = None) -> Iterato
     try:
         table = _load(datasets, hub, source.revision)
     except Exception as error:  # the hub client raises what it likes: network, id, configuration, file format
-        raise TaskError(
-            f"{name}: cannot be loaded ({typed_line(error)}); without a network, give a local copy"
-        ) from error
+        reason = one_line(error) if isinstance(error, HubError) else typed_line(error)
+        raise TaskError(f"{name}: cannot be loaded ({reason}); without a network, give a local copy") from error
     if not isinstance(table, datasets.Dataset):
         raise TaskError(f"{name}: split must name one split")
     if "image" not in table.column_names:
@@ -288,17 +287,21 @@ def _load(datasets: Any, hub: Hub, revision: str | None) -> Any:
 
 @contextmanager
 def _offline_unless_reached(datasets: Any, name: str, revision: str | None) -> Iterator[None]:
-    """Keep datasets from asking for minutes a hub that does not answer."""
-    before = datasets.config.HF_HUB_OFFLINE
+    """Keep datasets from asking for minutes a hub that does not answer; what was not downloaded then fails for that."""
+    before, silent = datasets.config.HF_HUB_OFFLINE, None
     if not before and not Path(name).is_dir():
         try:
             ask("dataset", name, revision)
-        except UnreachableError:
-            datasets.config.HF_HUB_OFFLINE = True
+        except UnreachableError as error:
+            datasets.config.HF_HUB_OFFLINE, silent = True, error
         except HubError:
             pass  # it may have moved
     try:
         yield
+    except ConnectionError:
+        if silent is None:
+            raise
+        raise silent from None
     finally:
         datasets.config.HF_HUB_OFFLINE = before
 
