@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from vlmflow import FastV, HiMAP, PyramidDrop, attach, prune
+from vlmflow import FastV, HiMAP, PyramidDrop, Uniform, attach, prune
 from vlmflow.engine import session
 
 HIMAP = HiMAP(k1=2, r1=0.5, k2=4, r2=0.5)
@@ -381,12 +381,24 @@ class TestRefuses:
         with prune(llava.model, HIMAP):  # the refused session holds nothing
             pass
 
-    def test_no_question(self, llava):
-        """Asked of every sample: here the last one has none."""
-        for specs in ([[5, "image"]], [[5, "image", 3], [5, "image"]]):
-            batch = llava.collate([llava.sample(spec) for spec in specs])
-            with prune(llava.model, HIMAP), pytest.raises(ValueError, match="question behind the last image"):
-                llava.model(**batch)
+    @pytest.mark.parametrize("pruner", [HIMAP, FastV(k=2), PyramidDrop(layers=(2, 4))], ids=repr)
+    def test_no_question(self, llava, pruner):
+        """Asked of every sample: here the last one has none. Who ranks by no text may go on."""
+        batch = llava.collate([llava.sample([5, "image", 3]), llava.sample([5, "image"])])
+        for inputs in (batch, llava.sample([5, "image"])):
+            with prune(llava.model, pruner), pytest.raises(ValueError, match="question behind the last image"):
+                llava.model(**inputs)
+            with prune(llava.model, Uniform(k=2)) as trace:
+                llava.model(**inputs)
+            assert trace.image_tokens[5] < trace.image_tokens[0]
+
+    def test_kept_by_a_slice_of_layers(self, llava, batch):
+        with prune(llava.model, HIMAP) as trace:
+            llava.model(**batch)
+        first, second = trace.kept[3:5]
+        assert [len(places) for places in first] == list(trace.image_tokens[3])
+        assert [len(places) for places in second] == list(trace.image_tokens[4])
+        assert len(trace.kept[1:]) == len(trace.kept) - 1 == 5
 
     def test_flex_attention(self, own):
         own.model.language_model.config._attn_implementation = "flex_attention"

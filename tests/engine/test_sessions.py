@@ -73,7 +73,10 @@ class TestNothingPrunedIsAnError:
         layers = copied.model.language_model.layers
         with prune(copied, HIMAP):
             layers[2] = copy.deepcopy(llava.model.model.language_model.layers[2])
-            with pytest.raises(RuntimeError, match="before layer 2, but that layer was called without its hooks"):
+            with pytest.raises(
+                RuntimeError,
+                match="layer 2, but that layer was called without its hooks; attach before the model is comp",
+            ):
                 logits(copied, llava.samples[0])
 
     def test_embeddings_without_a_sign_of_their_image(self, llava):

@@ -1,15 +1,17 @@
 """Tables read back by the values put in: signs, order, marks, units, heads. Rows and summaries are made by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import oracles
 from vlmflow.evaluate.rows import Row, rows_of
-from vlmflow.evaluate.tables import Result, budget_grid, line_of, report, table_of
+from vlmflow.evaluate.tables import Result, budget_grid, group_grid, line_of, report, table_of
 from vlmflow.records.folder import Folder
 from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, Line
+from vlmflow.records.table import Table
 from vlmflow.tasks import Picture, Sample
 
 IMAGES = [0, 0, 0, 1, 2, 2, 3, 4]  # of the questions: unequal clusters
@@ -36,12 +38,18 @@ def finished(
     interval: tuple[float, float] | None = (25.0, 75.0),
     costs: dict | None = COSTS,
     counts: tuple[int, int, int] = (8, 8, 0),
+    groups: str = "",
     **settings,
 ) -> Result:
     """A run's folder with a row a score, and a summary that says what it is told to."""
     rows = [
         Row(
-            Sample(f"q{number}", (Picture(f"{IMAGES[number % 8]}.png", b""),), answer="yes"),
+            Sample(
+                f"q{number}",
+                (Picture(f"{IMAGES[number % 8]}.png", b""),),
+                answer="yes",
+                group=groups[number : number + 1],
+            ),
             "",
             "yes" if score else "no",
             "yes" if score else "no",
@@ -160,6 +168,34 @@ def test_a_table_of_lines_is_a_column_a_field():
     table = table_of(LINES[:2])
     assert table.header == list(Line.__dataclass_fields__)
     assert [dict(zip(table.header, row, strict=True)) for row in table.rows] == [vars(line) for line in LINES[:2]]
+
+
+def test_a_table_of_parts_has_each_ones_interval_by_the_runs_seed(tmp_path):
+    """A column a run, a part of the benchmark a row, in the order in which they come."""
+    groups = "bbabaabb"
+    runs = {name: finished(tmp_path / name, scores, groups=groups) for name, scores in (("x", BARE), ("y", PRUNED))}
+    grid = group_grid(list(runs.items()), "Scenes: by part")
+    assert (grid.header, grid.title) == (["", "x", "y"], "Scenes: by part")
+    assert [row[0] for row in grid.rows] == ["b", "a"]
+    for part, *cells in grid.rows:
+        for scores, cell in zip((BARE, PRUNED), cells, strict=True):
+            rows = [(score, image) for score, image, group in zip(scores, IMAGES, groups, strict=True) if group == part]
+            images = [image for _, image in rows]
+            resampled = oracles.resamples(rows, images, seed=3)
+            low, high, _ = oracles.middle_95([100 * oracles.mean([score for score, _ in drawn]) for drawn in resampled])
+            value = 100 * oracles.mean([score for score, _ in rows])
+            assert cell == f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    assert group_grid([("x", finished(tmp_path / "z", BARE))], "") is None
+
+
+def test_a_table_as_markdown_and_as_csv():
+    table = Table(["method", "a|b", "p"], [["himap", "1|2", None], ["none", 3, 0.5]], "Title")
+    body = "| method | a\\|b | p |\n| --- | --- | --- |\n| himap | 1\\|2 | None |\n| none | 3 | 0.5 |\n"
+    assert table.markdown() == f"**Title**\n\n{body}"
+    assert replace(table, title="").markdown(numbers=True) == body.replace(
+        "| --- | --- | --- |", "| --- | ---: | ---: |"
+    )
+    assert table.csv() == "method,a|b,p\nhimap,1|2,\nnone,3,0.5\n"
 
 
 def costs(eq10: float, share: float, exact: float, unpruned: float = 8e12) -> dict:

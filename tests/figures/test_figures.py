@@ -39,6 +39,11 @@ class Drawing:
             return [(float(use.get("x")), float(use.get("y"))) for use in uses]
         return [corner for path in group.iter(f"{SVG}path") for corner in corners(path.get("d", ""))]
 
+    def colours(self, axes: int, name: str) -> list[set[str]]:
+        """With what each of such groups is drawn."""
+        groups = [group for group in self.axes[axes] if re.fullmatch(name, group.get("id", ""))]
+        return [set(re.findall(r"stroke: (#\w+)", ElementTree.tostring(group, "unicode"))) for group in groups]
+
     def tips(self, axes: int, name: str) -> list[float]:
         """The height of the first corner of each marker's shape: a triangle's tip; above 0 is downwards."""
         groups = [group for group in self.axes[axes] if re.fullmatch(name, group.get("id", ""))]
@@ -158,8 +163,13 @@ POINTS = {
 def test_a_figure_against_its_cost(tmp_path):
     """Each method's points by rising cost, with their bars; rings around what no other beats."""
     unpruned = comparison.Point(100, 65, 63, 67)
-    comparison.pareto(tmp_path / "a.svg", {"Eq. 10": POINTS}, unpruned, "accuracy", "title")
+    comparison.pareto(tmp_path / "a.svg", {"Eq. 10": POINTS, "exact": POINTS}, unpruned, "accuracy", "title")
     drawn = Drawing(tmp_path / "a.svg")
+    (first, _), (second, _) = (drawn.marks(axes, r"patch_\d+")[0][:2] for axes in (0, 1))
+    assert first[1] == second[1], "side by side"
+    *_, one, _, _, two, _ = drawn.colours(0, r"line2d_\d+")
+    assert [one, two] == drawn.colours(0, "LineCollection_.*")
+    assert one != two
     level, star, *_, one, _, _, two, rings = drawn.marks(0, r"line2d_\d+")
     x, y = ruler([place[0] for place in one], [20, 50]), ruler([place[1] for place in one], [50, 60])
 
@@ -172,7 +182,9 @@ def test_a_figure_against_its_cost(tmp_path):
     assert sorted(values(rings)) == [(20, 50), (30, 55), (50, 60), (100, 65)]
     bars = [values(places) for places in drawn.marks(0, "LineCollection_.*")]
     assert bars == [[(20, 40), (20, 52), (50, 55), (50, 70)], [(30, 54), (30, 57), (50, 50), (50, 66)]]
-    assert {"Eq. 10", "accuracy (95 % intervals)", "unpruned", "not beaten", "one", "two"} <= {*drawn.words}
+    span = drawn.marks(0, r"patch_\d+")[1]
+    assert {value for _, value in values(span)} == {63, 67}
+    assert {"Eq. 10", "exact", "accuracy (95 % intervals)", "unpruned", "not beaten", "one", "two"} <= {*drawn.words}
 
 
 def test_measurements_stand_above_what_was_promised(tmp_path):

@@ -58,7 +58,7 @@ _VERDICTS = ("tests/flow/test_flow_verdicts.py",)
 _DRAWN = ("tests/figures/test_figures.py",)
 _RECORDS = ("tests/records/test_files.py", "tests/records/test_schema.py")
 _CACHE = ("tests/engine/test_pruned_cache.py", "tests/engine/test_generate.py")
-_PREFILL = ("tests/engine/test_oracles.py", "tests/engine/test_attach.py")
+_PREFILL = ("tests/engine/test_oracles.py", "tests/engine/test_attach.py", "tests/engine/test_prompt.py")
 
 TESTS: dict[str, tuple[str, ...]] = {  # by file below the package: those that ought to notice, in about a minute
     "core/attention.py": ("tests/core/test_attention.py",),
@@ -98,7 +98,10 @@ TESTS: dict[str, tuple[str, ...]] = {  # by file below the package: those that o
     "engine/session.py": ("tests/engine/test_sessions.py", *_PREFILL),
     "engine/tap.py": ("tests/engine/test_tap.py",),
     "engine/target.py": _PREFILL,
-    "engine/trace.py": _PREFILL,
+    "engine/trace.py": (
+        "tests/engine/test_attach.py",
+        *_of("core/test_cost_of_pruning.py", "a_batch_costs_its_samples", "a_text_alone_pays_for_no_ranking"),
+    ),
     "speed/latency.py": ("tests/speed/test_latency.py",),
     "speed/synthetic.py": ("tests/speed/test_latency.py",),
     "evaluate/budgets.py": _BUDGETS,
@@ -109,16 +112,16 @@ TESTS: dict[str, tuple[str, ...]] = {  # by file below the package: those that o
     "evaluate/runner.py": _RUN,
     "evaluate/shards.py": _RUN,
     "evaluate/sweep.py": _SWEEP,
-    "evaluate/tables.py": ("tests/evaluate/test_tables.py", *_SWEEP),
+    "evaluate/tables.py": ("tests/evaluate/test_tables.py", *_RECORDS),
     "flow/consistency.py": ("tests/flow/test_flow_consistency.py",),
-    "flow/contributions.py": (*_VERDICTS, *_STUDY),
+    "flow/contributions.py": _VERDICTS,
     "flow/knockout.py": ("tests/flow/test_knockout.py",),
     "flow/layers.py": _VERDICTS,
     "flow/prediction.py": _STUDY,
     "flow/saliency.py": ("tests/flow/test_saliency.py",),
     "flow/study.py": _STUDY,
-    "flow/verdict.py": (*_VERDICTS, *_STUDY),
-    "flow/windows.py": (*_VERDICTS, *_STUDY),
+    "flow/verdict.py": _VERDICTS,
+    "flow/windows.py": _VERDICTS,
     "flow/withdrawal.py": ("tests/flow/test_withdrawal.py",),
 }
 
