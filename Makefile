@@ -9,8 +9,12 @@ SEED ?= 0
 
 .PHONY: demo test lint types tests fuzz mutants compat lmms bench results pages gpu pico clean
 
-demo: $(VENV)/.installed  ## the main job on the embedded model
-	$(BIN)/vlmflow demo
+demo: $(VENV)/.core  ## the main job on the embedded model, in an environment of the package and what it needs to run
+	@echo "The embedded model answers twenty questions under every method: about a minute."
+	@$(BIN)/vlmflow demo
+	@echo
+	@echo "Ask it yourself:"
+	@echo "  $(BIN)/vlmflow run --image sample:0 --prompt \"what color is the rook?\" --compare"
 
 test: lint types tests  ## everything that must hold before a change lands
 
@@ -50,6 +54,12 @@ $(VENV)-lmms/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable ".[lmms-eval]" beartype datasets pytest pytest-timeout
 	$(@D)/bin/python -c "import torchvision" 2>/dev/null || $(@D)/bin/pip uninstall --quiet --yes torchvision
+	touch $@
+
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo "Installing vlmflow and what it needs into $(VENV), most of it torch: a minute or two, and the time to download it."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from vlmflow.cli import app
 from vlmflow.pico import samples
 
+ROOT = Path(__file__).parents[1]
 SCENE = samples()[0]
 ASK = ["--prompt", SCENE.questions[0].text]
-CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 NORM = re.search(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL).group(1)  # the file that it shows
 
 

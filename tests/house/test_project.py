@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -75,3 +76,11 @@ def test_the_page_quotes_the_engines_refusals():
     quotes = re.findall(r"^\| .+? \| (.+?) \| .+ \|$", table, re.MULTILINE)[1:]
     assert len(quotes) > 20
     assert [quote for quote in quotes if quote not in said] == []
+
+
+def test_the_demo_installs_no_developers_tools(tmp_path):
+    command = ["make", "--dry-run", "demo", f"VENV={tmp_path}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (installs,) = [line for line in said.splitlines() if "pip install" in line]
+    assert installs.split()[2:] == ["--constraint", "constraints.txt", "--editable", "."]
+    assert f"{tmp_path}/bin/vlmflow run --image" in said.splitlines()[-1]

@@ -26,17 +26,15 @@ _PLAIN = str.maketrans("→─✓✗“”…", '>-+-"".')
 
 def degrade() -> None:
     """Print a simpler character, of one column too, or a question mark, where a terminal or file lacks one."""
-    codecs.register_error("vlmflow", _in_ascii)
+    codecs.register_error("vlmflow", _simpler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="vlmflow")
 
 
-def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    lacking = error.object[error.start : error.end]
-    return lacking.translate(_PLAIN).encode("ascii", "replace").decode(), error.end
+def _simpler(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)  # these are streams to write on
+    return error.object[error.start : error.end].translate(_PLAIN).encode("ascii", "replace").decode(), error.end
 
 
 def only_json(wanted: bool) -> bool:
