@@ -3,7 +3,7 @@
 from vlmflow.core.images import ImageError, open_image
 from vlmflow.models.ask import Run, ask
 from vlmflow.models.grids import patch_grids, seen_images
-from vlmflow.models.load import ModelWarning, device_named, dtype_named, load, load_geometry
+from vlmflow.models.load import ModelWarning, convert, device_named, dtype_named, load, load_geometry
 from vlmflow.models.vlm import VLM, Answer, ModelError, Question
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Question",
     "Run",
     "ask",
+    "convert",
     "device_named",
     "dtype_named",
     "load",
