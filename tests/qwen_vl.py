@@ -20,7 +20,10 @@ SPECIAL = 217  # tokens after the ranks
 WIDTH = 128  # the resampler's heads are as wide
 CONFIG: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
-    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    "auto_map": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
     "hidden_size": WIDTH,
     "intermediate_size": 2 * 96,
     "kv_channels": 32,
@@ -63,17 +66,23 @@ NAMES = {  # ours -> as published
 
 
 def write(folder: Path) -> Path:
-    """Write the folder that a download would be; no text of it starts or ends by chance."""
+    """Write the folder that a download would be; what it answers can be printed, and does not end by chance."""
     folder.mkdir(exist_ok=True)
     register()
     with torch.random.fork_rng():
         model = AutoModelForImageTextToText.from_config(QwenVLConfig(**CONFIG))
     tiny.randomize(model)
     with torch.no_grad():
-        model.lm_head.weight[len(RANKS) :] = 0.0
+        for others in (slice(0, 32), slice(127, 256), slice(len(RANKS), None)):
+            model.lm_head.weight[others] = 0.0
     files = {
         "config.json": CONFIG,
-        "generation_config.json": {"chat_format": "chatml", "eos_token_id": len(RANKS), "do_sample": True, "top_p": 0.5},
+        "generation_config.json": {
+            "chat_format": "chatml",
+            "eos_token_id": len(RANKS),
+            "do_sample": True,
+            "top_p": 0.5,
+        },
         "tokenizer_config.json": {
             "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
             "tokenizer_class": "QWenTokenizer",

@@ -16,9 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
 import qwen_vl
 from tiny import DEVICE
+from vlmflow import HiMAP, prune
+from vlmflow.cli import app
 from vlmflow.models import ModelError, Question, convert, load, load_geometry
 from vlmflow.models.processors import load_processor
 from vlmflow.models.qwen_vl import model as room
@@ -26,7 +29,7 @@ from vlmflow.models.qwen_vl import register
 
 DATA = Path(__file__).parents[1] / "data" / "qwen_vl"
 EXPECTED = load_file(DATA / "expected.safetensors", device=DEVICE)
-LIMIT = 1e-4
+LIMIT = 2e-5  # unchanged they are 4e-6 apart, and 8e-5 behind padding, which shifts positions
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +74,17 @@ def distance(model: nn.Module, name: str, pixels: Tensor) -> float:
     return float((model(**prompt(name, pixels)).logits[0, -len(expected) :] - expected).abs().max())
 
 
+@torch.no_grad()
+def tower_distance(model: nn.Module, pixels: Tensor) -> float:
+    return float((model.model.visual(pixels)[:, ::2] - EXPECTED["visual"]).abs().max())
+
+
 def test_pixels_are_the_reference_s(pixels):
     torch.testing.assert_close(pixels[:, :, ::8, ::8], EXPECTED["pixels"], atol=1e-6, rtol=0)
 
 
-@torch.no_grad()
 def test_the_tower_is_the_reference_s(model, pixels):
-    torch.testing.assert_close(model.model.visual(pixels)[:, ::2], EXPECTED["visual"], atol=LIMIT, rtol=0)
+    assert tower_distance(model, pixels) < LIMIT
 
 
 @pytest.mark.parametrize("name", ["none", "one", "two", "long2048"])
@@ -104,7 +111,7 @@ def test_a_padded_batch_is_the_reference_s(model, pixels):
     logits = model(input_ids=ids, attention_mask=mask, pixel_values=seen).logits
     for row, name in zip(logits, ("one", "two"), strict=True):
         expected = EXPECTED[f"{name}.last_logits"]
-        torch.testing.assert_close(row[-len(expected) :], expected, atol=LIMIT, rtol=0)
+        torch.testing.assert_close(row[-len(expected) :], expected, atol=1e-4, rtol=0)
 
 
 # -- what the reference would show, were it wrong
@@ -195,7 +202,7 @@ def test_the_reference_sees_a_mistake(model, pixels, monkeypatch, mistake):
     else:
         path, instead = CODE[mistake]
         monkeypatch.setattr(f"{room.__name__}.{path}", instead)
-    assert distance(wrong, "one", pixels) > LIMIT
+    assert max(distance(wrong, "one", pixels), tower_distance(wrong, pixels)) > LIMIT
 
 
 def test_the_resampler_restated_is_itself(model, pixels, monkeypatch):
@@ -203,3 +210,123 @@ def test_the_resampler_restated_is_itself(model, pixels, monkeypatch):
     monkeypatch.setattr(room._Resampler, "forward", pooled(on_keys=True, on_values=False))
     monkeypatch.setattr(room._MLP, "forward", with_gelu(F.gelu))
     assert distance(model, "one", pixels) < LIMIT
+
+
+# -- a checkpoint as it was published
+
+ASK = ["--max-new-tokens", "3"]
+
+
+def vlmflow(*args: object) -> str:
+    """Run a command in this process, with success, and return what it printed."""
+    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "100"}, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def test_every_command_reads_the_published_layout(folder, tmp_path):
+    """Evaluation and ``run`` on it: ``test_checkpoints.py``."""
+    picture = DATA / "p1.png"
+    vlmflow(
+        "flow", "show", "--model", folder, "--image", picture, "--prompt", "What color?", "--save", tmp_path / "flow"
+    )
+    assert list((tmp_path / "flow").glob("*.png"))
+    told = vlmflow("bench", "--model", folder, "--pruners", "himap", "--new-tokens", "2", "--repeats", "1")
+    assert "himap" in told
+
+
+def test_a_prompt_is_chatml_with_numbered_pictures(folder):
+    vlm = load(str(folder), device=DEVICE)
+    pictures = (Image.new("RGB", (9, 5)), Image.new("RGB", (3, 30), "red"))
+    (ids,) = vlm.encode([Question("What color?", pictures)])["input_ids"].tolist()
+    text = vlm.processor.tokenizer.decode(ids).replace("<imgpad>" * 256, "256")
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nPicture 1: <img>256</img>\n"
+        "Picture 2: <img>256</img>\nWhat color?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    spelled = [qwen_vl.RANKS.index(part) for part in (b"What", b" color", b"?")]
+    assert any(ids[at : at + 3] == spelled for at in range(len(ids)))
+
+
+def test_himap_keeps_128_and_32_of_256(folder):
+    vlm = load(str(folder), device=DEVICE)
+    inputs = vlm.encode([Question("What color?", (Image.new("RGB", (9, 5)),))])
+    with prune(vlm.model, HiMAP(1, 0.5, 4, 0.75)) as trace:
+        vlm.generate(inputs, 2)
+    assert [count for (count,) in trace.image_tokens] == [256, 128, 128, 128, 32, 32]
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
+def test_an_answer_ends_where_chat_ends_it(folder, end):
+    """Two of the three ends are not in the published generation_config.json, and it asks for sampling."""
+    vlm = load(str(folder), device=DEVICE)
+    token = vlm.processor.tokenizer.convert_tokens_to_ids(end)
+    vlm.model.lm_head.weight.data[token] = 0
+    hidden = []
+    hook = vlm.model.lm_head.register_forward_hook(
+        lambda _, args, out: hidden.append(args[0]) or out.index_fill_(-1, torch.tensor([token], device=DEVICE), 1e4)
+    )
+    (answer,) = vlm.answer([Question("What color?")], 5)
+    hook.remove()
+    assert len(hidden) == 1
+    assert (answer.text, answer.tokens) == ("", 0)
+
+
+def test_a_prompt_above_the_trained_length_is_refused(folder, model):
+    """There the published code becomes another model."""
+    vlm = load(str(folder), device=DEVICE)
+    with pytest.raises(ModelError, match=r"has 2[0-9]{3} tokens, and the model positions for 2048"):
+        vlm.encode([Question("?" * 2048)])
+    ids = torch.zeros(1, 2049, dtype=torch.long, device=DEVICE)
+    with pytest.raises(ValueError, match="trained on 2048 tokens, and this prompt has 2049"):
+        model(input_ids=ids)
+
+
+def test_text_only_qwen_is_refused(folder, tmp_path):
+    config = {key: value for key, value in qwen_vl.CONFIG.items() if key != "visual"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pytorch_model.bin").touch()
+    for read in (load, load_geometry):
+        with pytest.raises(ModelError, match="it is Qwen of 2023 without images"):
+            read(str(tmp_path))
+
+
+def test_another_qwen_than_the_published_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**qwen_vl.CONFIG, "rotary_pct": 0.5}))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match="has another rotary_pct than any published Qwen-VL"):
+        load(str(tmp_path))
+
+
+def test_a_broken_vocabulary_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(qwen_vl.CONFIG))
+    (tmp_path / "pytorch_model.bin").touch()
+    for text, reason in {"YQ== x": "is broken", "YQ== 0\nYg== 1\nYw== 2\nYWJj 3": "is made of no lower ranks"}.items():
+        (tmp_path / "qwen.tiktoken").write_text(text)
+        with pytest.raises(ModelError, match=reason):
+            load(str(tmp_path))
+
+
+# -- conversion
+
+
+def test_a_converted_model_is_the_same(folder, tmp_path):
+    out = tmp_path / "converted"
+    assert "wrote 2 shards" in vlmflow("convert", folder, out)
+    weights = {name for file in out.glob("*.safetensors") for name in load_file(file)}
+    assert weights == {name for file in folder.glob("*.bin") for name in torch.load(file)}
+    first, second = load(str(folder), device=DEVICE), load(str(out), device=DEVICE)
+    asked = [Question("What color?", (Image.open(DATA / "p1.png").convert("RGB"),)), Question("Which words?")]
+    inputs, again = first.encode(asked), second.encode(asked)
+    assert inputs.keys() == again.keys()
+    assert all(torch.equal(inputs[key], again[key]) for key in inputs)
+    assert torch.equal(first.model(**inputs).logits, second.model(**inputs).logits)
+    assert first.model.generation_config.eos_token_id == second.model.generation_config.eos_token_id
+    assert len(first.model.generation_config.eos_token_id) == 3
+
+
+def test_what_cannot_be_converted_is_refused(folder, tmp_path):
+    with pytest.raises(ModelError, match="only Qwen-VL and Qwen-VL-Chat of 2023 need to be converted"):
+        convert("pico", tmp_path / "out")
+    done = CliRunner().invoke(app, ["convert", str(folder), str(folder)])
+    assert (done.exit_code, "is not empty; choose another folder" in done.stderr) == (2, True)
