@@ -214,8 +214,6 @@ def test_the_resampler_restated_is_itself(model, pixels, monkeypatch):
 
 # -- a checkpoint as it was published
 
-ASK = ["--max-new-tokens", "3"]
-
 
 def vlmflow(*args: object) -> str:
     """Run a command in this process, with success, and return what it printed."""
@@ -225,11 +223,9 @@ def vlmflow(*args: object) -> str:
 
 
 def test_every_command_reads_the_published_layout(folder, tmp_path):
-    """Evaluation and ``run`` on it: ``test_checkpoints.py``."""
-    picture = DATA / "p1.png"
-    vlmflow(
-        "flow", "show", "--model", folder, "--image", picture, "--prompt", "What color?", "--save", tmp_path / "flow"
-    )
+    """``run`` and ``eval`` on it: ``test_checkpoints.py``."""
+    asked = ["--image", DATA / "p1.png", "--prompt", "What color?"]
+    vlmflow("flow", "show", "--model", folder, *asked, "--out", tmp_path / "flow")
     assert list((tmp_path / "flow").glob("*.png"))
     told = vlmflow("bench", "--model", folder, "--pruners", "himap", "--new-tokens", "2", "--repeats", "1")
     assert "himap" in told

@@ -17,7 +17,7 @@ def convert(
     *,
     model_revision: Annotated[str | None, typer.Option(help="The model's branch, tag or commit on the hub.")] = None,
 ) -> None:
-    """Write Qwen-VL's pickled weights as safetensors, with a tokenizer and a chat template that need no code of its own.
+    """Write Qwen-VL's pickled weights as safetensors, with a tokenizer and chat template that need no code of its own.
 
     vlmflow needs none of this. The weights stay under the Tongyi Qianwen licence, which asks for a copy of itself.
     """

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import LlavaProcessor, Qwen2Tokenizer
 from transformers.utils.hub import cached_file
 
+from vlmflow.models.processors import ProcessorError
 from vlmflow.models.qwen_vl.config import QwenVLConfig
 
 try:  # Pillow's resizing, which the model was trained on; torchvision's differs
@@ -48,7 +49,7 @@ def published_processor(path: str, settings: Mapping[str, Any], at: Mapping[str,
 
     Raises:
         OSError: there is no ``qwen.tiktoken``.
-        ValueError: it is broken, or config.json is.
+        ProcessorError: it is broken.
     """
     config = QwenVLConfig(**settings)
     file = cached_file(path, "qwen.tiktoken", **at)
@@ -89,13 +90,13 @@ def read_tiktoken(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary and the merges of a ``*.tiktoken`` file, as a byte-level BPE wants them.
 
     Raises:
-        ValueError: a line that is no token with its rank, or a token that cannot be merged.
+        ProcessorError: a line that is no token with its rank, or a token that cannot be merged.
     """
     lines = [line.split() for line in file.read_bytes().splitlines() if line]
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     except ValueError as error:
-        raise ValueError(f"{file.name} is broken ({error}); get the checkpoint again") from error
+        raise ProcessorError(f"{file.name} is broken ({error}); get the checkpoint again") from error
     text = {token: "".join(_LETTERS[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
@@ -111,7 +112,9 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
     while len(parts) > 2:
         best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts)))
         if best >= rank:
-            raise ValueError(f"qwen.tiktoken is broken: {token!r} is made of no lower ranks; get the checkpoint again")
+            raise ProcessorError(
+                f"qwen.tiktoken is broken: {token!r} is made of no lower ranks; get the checkpoint again"
+            )
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
 
