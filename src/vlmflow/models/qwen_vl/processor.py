@@ -112,9 +112,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
     while len(parts) > 2:
         best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts)))
         if best >= rank:
-            raise ProcessorError(
-                f"qwen.tiktoken is broken: {token!r} is made of no lower ranks; get the checkpoint again"
-            )
+            raise ProcessorError(f"qwen.tiktoken is broken: no lower ranks make {token!r}; get the checkpoint again")
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
 
