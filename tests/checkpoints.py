@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import qwen_vl
 import tiny
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]  # from id 3, after padding, start and end
@@ -39,6 +40,8 @@ class Family:
 
 def write(name: str, folder: Path) -> Path:
     """Write a family's checkpoint into a folder, and return the folder."""
+    if name == "qwen":
+        return qwen_vl.write(folder)
     family = FAMILIES[name]
     model = tiny.build(name).model
     model.save_pretrained(folder)
@@ -397,6 +400,7 @@ FAMILIES = {
         },
         template=PIXTRAL_CHAT,
     ),
+    "qwen": Family("Qwen2Tokenizer", "bytes", QWEN, {}, "LlavaProcessor", {}),  # all else stands in ``qwen_vl.py``
     "qwen2_vl": qwen("Qwen2VLProcessor", min_pixels=16 * 16, max_pixels=48 * 48),
     "qwen2_5_vl": qwen("Qwen2_5_VLProcessor", min_pixels=16 * 16, max_pixels=48 * 48),
     **dict.fromkeys(
@@ -482,6 +486,7 @@ COUNTS = {  # family -> the image tokens of the square picture, of the square an
     "idefics3": (80, 128, 48),  # 2 x 2 tiles and the small picture; 2 x 1 for the tall one; 1 x 2
     "smolvlm": (80, 128, 48),
     "mistral3": (16, 24, 4),  # 4 x 4; 4 x 4 and 4 x 2; 1 x 4
+    "qwen": (256, 512, 256),
     "qwen2_vl": (25, 57, 36),  # 5 x 5; 5 x 5 and 8 x 4; 3 x 12
     "qwen2_5_vl": (25, 57, 36),
     "qwen3_vl": (25, 57, 36),

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor
 
+from vlmflow.models.qwen_vl import QwenVLConfig, register
+
 PAD, IMAGE, VIDEO, START, END, ROW = 0, 100, 101, 102, 103, 104  # ids from IMAGE on are special
 VOCAB, PATCH = 128, 4
 DEVICE = os.environ.get("VLMFLOW_DEVICE", "cpu")
@@ -318,6 +320,23 @@ def mistral3(layers: int):
     return config, {"image": ((32, 32), pixtral_image)}, specs
 
 
+def qwen(layers: int):
+    register()
+    config = QwenVLConfig(
+        text_config=hf.Qwen2Config(**TEXT, num_hidden_layers=layers),
+        vision_config={
+            **VISION,
+            "image_size": 32,
+            "patch_size": PATCH,
+            "num_queries": 16,
+            "output_dim": 64,
+            "pooling_heads": 2,
+        },
+        image_token_id=IMAGE,
+    )
+    return config, {"image": ((32, 32), fixed(16, 32, around=True))}, PLAIN
+
+
 QWEN_SPECS = ([5, "image", 7], [3, (16, 48), 4, (16, 16), 6], [2, (24, 24), 5])
 QWEN_DRAWERS = {"image": ((32, 32), qwen_image), "video": ((6, 16, 24), qwen_video)}
 
@@ -456,6 +475,7 @@ FAMILIES = {
         idefics3,
         smolvlm,
         mistral3,
+        qwen,
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,

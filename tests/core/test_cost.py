@@ -20,6 +20,7 @@ from vlmflow.core import cost
 from vlmflow.core.cost import Score, cost_of, make_schedule
 from vlmflow.core.geometry import GEOMETRIES, Geometry, Tower, geometry_named
 from vlmflow.evaluate.published import paper_tables
+from vlmflow.models.qwen_vl import QwenVLConfig
 
 LAYERS = 3
 HIMAP = ((2, 288), (8, 72))  # LLaVA-1.5-7B: 576 image tokens, then 288, then 72
@@ -193,9 +194,10 @@ def test_built_in_geometries_are_those_of_the_published_configs() -> None:
         "qwen3-vl-8b": hf.Qwen3VLConfig(text_config=qwen3, vision_config={"out_hidden_size": 4096}),
         "internvl3-8b": hf.InternVLConfig(text_config=hf.Qwen2Config(**qwen, vocab_size=151674)),
     }
-    assert {name: Geometry.from_config(config) for name, config in configs.items()} == {
-        name: geometry for name, geometry in GEOMETRIES.items() if name != "qwen-vl-chat"
-    }
+    configs["qwen-vl-chat"] = QwenVLConfig(
+        text_config=hf.Qwen2Config(**dict(zip(sizes, (4096, 11008, 32, 32), strict=True)), num_key_value_heads=32)
+    )
+    assert {name: Geometry.from_config(config) for name, config in configs.items()} == GEOMETRIES
 
 
 # -- the paper's convention

@@ -56,7 +56,8 @@ def test_the_geometry_is_that_of_the_model(family: Family):
     assert (geometry.vocab, geometry.hidden) == model.get_output_embeddings().weight.shape
     assert bool(geometry.experts) == any("experts" in name for name, _ in model.named_modules())
     assert geometry.vision is not None
-    blocks = [m for name, m in model.named_modules() if re.search(r"(vision|visual).*\.(layers?|blocks)\.\d+$", name)]
+    block = re.compile(r"(vision|visual).*\.(layers?|(res)?blocks)\.\d+$")
+    blocks = [module for name, module in model.named_modules() if block.search(name)]
     assert len(blocks) == geometry.vision.layers
 
 

@@ -264,6 +264,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "perception_lm": {"vision_config.model_args": {"embed_dim": 32}},
     "phi4_multimodal": {"vision_config.crop_size": 32},
+    "qwen": {"vision_config.num_queries": 16, "vision_config.pooling_heads": 4},
     "qwen2_5_omni": {**OMNI, "thinker_config.text_config.rope_parameters": MROPE},
     "qwen2_5_omni_thinker": {
         "vision_start_token_id": 102,

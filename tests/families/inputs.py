@@ -35,7 +35,7 @@ def each(names: str, **tensors: Any) -> dict[str, dict[str, Any]]:
 PICTURES = {
     **each(
         "aria aya_vision blip-2 chameleon cohere2_vision deepseek_ocr2 deepseek_vl gemma3 got_ocr2 internvl janus "
-        "llama4 llava ovis2 paligemma pp_chart2table qianfan_ocr shieldgemma2 step3p7 vipllava",
+        "llama4 llava ovis2 paligemma pp_chart2table qianfan_ocr qwen shieldgemma2 step3p7 vipllava",
         pixel_values=SQUARE,
     ),
     **each(

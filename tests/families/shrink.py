@@ -19,7 +19,9 @@ from transformers.models.auto import modeling_auto as auto
 
 import tiny
 from tiny import IMAGE, VIDEO
+from vlmflow.models import qwen_vl
 
+OURS = {"qwen": "QwenVLForConditionalGeneration"}  # which transformers does not have
 LAYERS, VOCAB, OTHER = 6, 160, 110  # OTHER stands for every special token that no test looks at
 
 TEXT = {
@@ -93,13 +95,13 @@ def types() -> dict[str, str]:
     """The class of every image-text-to-text type, and of the multimodal ones beside them that take images."""
     beside = ("phi4_multimodal", "qwen2_5_omni", "qwen3_omni_moe")
     more = {name: kind for name, kind in auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.items() if name in beside}
-    return {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **more}
+    return {**auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **more, **OURS}
 
 
 def build(name: str) -> hf.PreTrainedModel:
     """The model of six layers, in eager mode; its weights are what transformers draws."""
     with torch.random.fork_rng(), mock.patch.object(hf.AutoModel, "from_config", _without_timm):
-        kind = getattr(hf, types()[name.partition("@")[0]])
+        kind = getattr(qwen_vl if name in OURS else hf, types()[name.partition("@")[0]])
         return kind._from_config(tiny_config(name), attn_implementation="eager")
 
 
@@ -112,6 +114,7 @@ def _without_timm(config: hf.PreTrainedConfig, *args: Any, _from=hf.AutoModel.fr
 
 def tiny_config(name: str) -> hf.PreTrainedConfig:
     """The default config of a type, made small."""
+    qwen_vl.register()
     kind = hf.CONFIG_MAPPING[name.partition("@")[0]]
     config = shrink(kind().to_dict())
     config.pop("model_type")

@@ -25,7 +25,7 @@ from vlmflow.models import Question, load, seen_by
 from vlmflow.models.processors import ProcessorError, load_processor
 from vlmflow.records.files import RecordError
 
-VIDEOS = [name for name in PRICED if name.startswith(("llava_one", "internvl", "smolvlm", "qwen", "glm"))]
+VIDEOS = [name for name in PRICED if name.startswith(("llava_one", "internvl", "smolvlm", "qwen2", "qwen3", "glm"))]
 FOR_VIDEOS = "fits this torch" if set_aside_broken_torchvision() else re.escape('pip install "vlmflow[video]"')
 NO_TORCHVISION = find_spec("torchvision") is None
 LACKING = {"5.0.0": ["smolvlm"], "5.12.1": ["idefics3", "smolvlm"]}.get(transformers.__version__, [])

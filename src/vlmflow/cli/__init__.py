@@ -10,6 +10,7 @@ import typer
 
 from vlmflow import __version__
 from vlmflow.cli.bench import bench
+from vlmflow.cli.convert import convert
 from vlmflow.cli.cost import cost
 from vlmflow.cli.evaluate import evaluate, report, sweep
 from vlmflow.cli.flow import flow
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="See where visual information flows in a multimodal LLM, and prune the image tokens it no longer needs.",
 )
 app.command("eval", cls=OnceEach)(with_groups(evaluate))
-for command in (demo, run, samples, cost, bench, sweep, report, pruners, models):
+for command in (demo, run, samples, cost, bench, sweep, report, convert, pruners, models):
     app.command(cls=OnceEach)(with_groups(command))
 app.add_typer(flow, name="flow")
 

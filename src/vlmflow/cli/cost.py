@@ -66,7 +66,10 @@ def cost(
     console.print(f"Exact counts all pairs of tokens, the output head and the ranking ({ranking}).")
     tower, projector = tiled_vision(geometry, n_image)
     if tower is not None and projector is not None:
-        console.print(f"Vision tower {flops(tower)}, projector {flops(projector)}, under every method.")
+        beside = tower + projector
+        share = beside / (beside + priced.unpruned.exact_flops)
+        shares = f"{share:.0%} of the unpruned whole"
+        console.print(f"Vision tower {flops(tower)}, projector {flops(projector)}, under every method: {shares}.")
     if json_:
         record = PriceRecord(
             model=model,

@@ -30,6 +30,7 @@ from vlmflow.core.widths import (
     qwen3_5_moe_decoder,
     qwen3_5_tower,
     qwen3_vl_tower,
+    qwen_vl_tower,
     routed_decoder,
 )
 
@@ -59,6 +60,7 @@ FAMILIES = {
         Family("idefics3", "Idefics3", idefics3_tower),
         Family("smolvlm", "SmolVLM, SmolVLM2", idefics3_tower),
         Family("mistral3", "Mistral Small 3.1 (Pixtral tower)", mistral3_tower),
+        Family("qwen", "Qwen-VL, Qwen-VL-Chat (2023)", qwen_vl_tower, texts=("qwen2",)),
         Family("qwen2_vl", "Qwen2-VL", qwen2_vl_tower, texts=("qwen2_vl_text",)),
         Family("qwen2_5_vl", "Qwen2.5-VL", qwen2_5_vl_tower, texts=("qwen2_5_vl_text",)),
         Family("qwen3_vl", "Qwen3-VL", qwen3_vl_tower, texts=("qwen3_vl_text",)),

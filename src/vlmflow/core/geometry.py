@@ -129,8 +129,20 @@ def multiply_adds(*widths: int) -> int:
     return sum(inputs * outputs for inputs, outputs in pairwise(widths))
 
 
+def resampled(tower: Tower, queries: int, width: int) -> Tower:
+    """The tower whose patches ``queries`` of this ``width`` attend to, as Qwen-VL's resampler has it.
+
+    Of the multiply-adds of an image token, one layer leads its patches to the width, and the others are the projections
+    of query, output and embedding, keys and values of its patches, and two products of attention with all patches.
+    """
+    assert tower.grid is not None
+    patches = tower.grid[0] * tower.grid[1]
+    merge = patches // queries
+    attention = (3 + 2 * merge) * width**2 + 2 * patches * width
+    return replace(tower, merge=merge, projector=merge * multiply_adds(tower.hidden, width) + attention)
+
+
 _VICUNA_7B = Geometry(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, head_dim=128, vocab=32064)
-_QWEN_7B = replace(_VICUNA_7B, vocab=151936)
 _VICUNA_13B = replace(_VICUNA_7B, hidden=5120, intermediate=13824, layers=40, heads=40, kv_heads=40)
 _QWEN2_7B = Geometry(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064)
 _QWEN3_8B = Geometry(hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, head_dim=128, vocab=151936)
@@ -165,10 +177,11 @@ _QWEN3_TOWER = Tower(
     merge=4,
     projector=4 * multiply_adds(4 * 1152, 4 * 1152, 4096),
 )
+_BIG_G = Tower(hidden=1664, intermediate=8192, layers=48, patch_inputs=3 * 14**2, merge=1, projector=0, grid=(32, 32))
 GEOMETRIES: dict[str, Geometry] = {
     "llava-1.5-7b": replace(_VICUNA_7B, vision=_CLIP),
     "llava-1.5-13b": replace(_VICUNA_13B, vision=_CLIP_13B),
-    "qwen-vl-chat": _QWEN_7B,  # its resampler is not modelled
+    "qwen-vl-chat": replace(_VICUNA_7B, vocab=151936, vision=resampled(_BIG_G, queries=256, width=4096)),
     "qwen2.5-vl-7b": replace(_QWEN2_7B, vision=_QWEN2_5_TOWER),
     "qwen3-vl-8b": replace(_QWEN3_8B, vision=_QWEN3_TOWER),
     "internvl3-8b": replace(_QWEN2_7B, vocab=151674, vision=_INTERN),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlmflow.core.errors import refusal
-from vlmflow.core.geometry import Geometry, Recurrence, Tower, multiply_adds
+from vlmflow.core.geometry import Geometry, Recurrence, Tower, multiply_adds, resampled
 
 LAYER_KINDS = ("full_attention", "sliding_attention")  # of attention, whose cost is known
 
@@ -194,6 +194,12 @@ def paligemma_tower(config: Config, width: int) -> Tower:
     """Any shared tower, and a projector of one layer."""
     tower = _shared(config)
     return replace(tower, projector=multiply_adds(tower.hidden, config.vision_config.projection_dim))
+
+
+def qwen_vl_tower(config: Config, width: int) -> Tower:
+    """Qwen-VL's own tower; its resampler attends once from learned queries to all patches, and is its projector."""
+    vision = Config(config.vision_config)
+    return resampled(_vit(vision), vision.num_queries, vision.output_dim)
 
 
 def _vit(vision: Config) -> Tower:

@@ -6,6 +6,7 @@ from vlmflow.models.grids import patch_grids, seen_images
 from vlmflow.models.load import (
     ModelWarning,
     config_commit,
+    convert,
     device_named,
     dtype_named,
     load,
@@ -25,6 +26,7 @@ __all__ = [
     "Run",
     "ask",
     "config_commit",
+    "convert",
     "device_named",
     "dtype_named",
     "load",

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from vlmflow.core.errors import one_line, typed_line
 from vlmflow.core.geometry import GEOMETRIES, Geometry
 from vlmflow.core.hub import HubError, UnreachableError, ask
-from vlmflow.models.processors import load_processor, needs_own_code
+from vlmflow.models.processors import QWEN_VL, load_processor, needs_own_code
 from vlmflow.models.vlm import VLM, ModelError, attending_layers
 from vlmflow.pico import MODEL_DIR
 
@@ -85,7 +85,31 @@ def load(
         except RuntimeError as error:  # it is too large, for one
             raise ModelError(f"cannot put {name!r} on device {where!r}: {one_line(error)}") from error
     _check_finite(name, model)
+    if model.config.model_type == QWEN_VL:
+        from vlmflow.models.qwen_vl import answer_ends
+
+        model.generation_config.eos_token_id = answer_ends(processor.tokenizer)
     return VLM(name, model.eval(), processor)
+
+
+def convert(name: str, folder: Path, revision: str | None = None) -> int:
+    """Write a published Qwen-VL into a folder as safetensors; returns the number of its shards.
+
+    Raises:
+        ModelError: it cannot be found or read, or is another model, which needs no conversion.
+    """
+    path = _path(name, revision)
+    try:
+        if _read_config(path, revision).model_type != QWEN_VL:
+            raise ModelError("only Qwen-VL and Qwen-VL-Chat of 2023 need to be converted; use it as it is")
+        from vlmflow.models import qwen_vl
+
+        processor = load_processor(path, revision)
+        if not Path(path).is_dir():
+            path = snapshot_download(path, revision=revision, allow_patterns=["config.json", "*.bin"])
+        return qwen_vl.convert(Path(path), processor, folder)
+    except Exception as error:  # as in ``load``
+        raise ModelError(f"cannot convert {name!r}: {_reason(name, error)}") from error
 
 
 def _path(name: str, revision: str | None) -> str:
@@ -222,8 +246,12 @@ def _read_config(path: str, revision: str | None) -> Any:
         ModelError: such a depth, or null for the text decoder, for which transformers takes one of 7 billion weights.
         Exception: whatever a broken config makes its readers run into.
     """
-    config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     written, _ = PreTrainedConfig.get_config_dict(path, revision=revision or "main")
+    if written.get("model_type") == QWEN_VL:
+        from vlmflow.models import qwen_vl  # lazily: it imports two more models of transformers
+
+        qwen_vl.register()
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     if written.get("text_config", {}) is None:
         raise ModelError("text_config of its config is null, so nothing says what it is; get the checkpoint again")
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # at run time it is imported once a broken torchvision is out
     from transformers import ProcessorMixin
 
 SETTINGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+QWEN_VL = "qwen"  # the model_type of what ``vlmflow.models.qwen_vl`` reads
 EXTRAS = {  # package -> the extra of ours that brings it
     "torchvision": "video",
     "num2words": "video",
@@ -52,11 +53,8 @@ def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
     flaw = set_aside_broken_torchvision()
     videos_need = f"install a torchvision that fits this torch ({flaw})" if flaw else 'pip install "vlmflow[video]"'
     at = {"revision": revision or "main"}
-    kind = _processor_class(path, at)
-    if not {"tokenizer", "image_processor"} <= set(kind.get_attributes()):
-        raise ProcessorError(f"its {kind.__name__} takes no images with text, so it is no image-text-to-text model")
     try:
-        processor = _with_videos(kind, path, at) or _for_images(kind, path, at, videos_need)
+        processor = _published_qwen_vl(path, at) or _of_transformers(path, at, videos_need)
     except ProcessorError:
         raise
     except (ImportError, ValueError) as error:
@@ -66,6 +64,24 @@ def load_processor(path: str, revision: str | None = None) -> ProcessorMixin:
         raise ProcessorError("its tokenizer knows no text: tokenizer.json is missing; get the whole checkpoint")
     _check_template(processor)
     return processor
+
+
+def _published_qwen_vl(path: str, at: Mapping[str, Any]) -> Any | None:
+    """Qwen-VL's, which was published as code; None for other models, and where one was saved with it."""
+    settings = list(_settings(path, at))
+    found = next((one for one in settings if one.get("model_type") == QWEN_VL and "visual" in one), None)
+    if found is None or any("processor_class" in one for one in settings):
+        return None
+    from vlmflow.models.qwen_vl import published_processor
+
+    return published_processor(path, found, at)
+
+
+def _of_transformers(path: str, at: Mapping[str, Any], videos_need: str) -> Any:
+    kind = _processor_class(path, at)
+    if not {"tokenizer", "image_processor"} <= set(kind.get_attributes()):
+        raise ProcessorError(f"its {kind.__name__} takes no images with text, so it is no image-text-to-text model")
+    return _with_videos(kind, path, at) or _for_images(kind, path, at, videos_need)
 
 
 def _check_template(processor: Any) -> None:
