@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 QUICK = ("run", "cost", "pruners", "models", "samples", "show")  # seconds each
-ELSEWHERE = re.compile(r"-hf |--geometry|\$|^report")  # a hub model, 7 billion weights, a loop, or its results
+ELSEWHERE = re.compile(r"-hf |Qwen/|--geometry|\$|^report")  # a hub model, 7 billion weights, a loop, or its results
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -86,9 +86,9 @@ def load(
             raise ModelError(f"cannot put {name!r} on device {where!r}: {one_line(error)}") from error
     _check_finite(name, model)
     if model.config.model_type == QWEN_VL:
-        from vlmflow.models.qwen_vl import answer_ends
+        from vlmflow.models.qwen_vl import answer_settings
 
-        model.generation_config.eos_token_id = answer_ends(processor.tokenizer)
+        model.generation_config = answer_settings(processor.tokenizer)
     return VLM(name, model.eval(), processor)
 
 

@@ -8,13 +8,13 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from vlmflow.models.qwen_vl.config import QwenVLConfig, QwenVLVisionConfig
 from vlmflow.models.qwen_vl.convert import convert
 from vlmflow.models.qwen_vl.model import CONVERSIONS, QwenVLForConditionalGeneration
-from vlmflow.models.qwen_vl.processor import answer_ends, published_processor
+from vlmflow.models.qwen_vl.processor import answer_settings, published_processor
 
 __all__ = [
     "QwenVLConfig",
     "QwenVLForConditionalGeneration",
     "QwenVLVisionConfig",
-    "answer_ends",
+    "answer_settings",
     "convert",
     "published_processor",
     "register",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vlmflow.models.qwen_vl.processor import END, answer_ends
+from vlmflow.models.qwen_vl.processor import answer_settings
 from vlmflow.records.files import read_json, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -35,9 +35,7 @@ def convert(source: Path, processor: Any, folder: Path) -> int:
         weight_map |= dict.fromkeys(weights, name)
         size += sum(weight.nbytes for weight in weights.values())
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    tokenizer = processor.tokenizer
-    ends = {"eos_token_id": answer_ends(tokenizer), "pad_token_id": tokenizer.convert_tokens_to_ids(END)}
-    write_json(folder / "generation_config.json", {**ends, "do_sample": False})
+    answer_settings(processor.tokenizer).save_pretrained(folder)
     settings = read_json(source / "config.json")
     settings.pop("auto_map", None)
     write_json(folder / "config.json", settings)

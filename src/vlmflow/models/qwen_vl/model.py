@@ -141,24 +141,28 @@ class QwenVLModel(LlavaModel):
     config_class = QwenVLConfig
     _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {}  # LLaVA's own would be inherited by transformers 5.0
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: Any):
         super(LlavaModel, self).__init__(config)
         self.visual = QwenVLVisionTower(config.vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.trained_length = config.text_config.max_position_embeddings
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """The embeddings of each picture, as ``pooler_output``."""
-        return BaseModelOutputWithPooling(pooler_output=list(self.visual(pixel_values)))
+    def get_image_features(self, pixel_values: Tensor, *_: Any, **__: Any) -> Any:
+        """The embeddings of each picture, as ``pooler_output``, a list as LLaVA's."""
+        embeddings: Any = list(self.visual(pixel_values))
+        return BaseModelOutputWithPooling(pooler_output=embeddings)
 
-    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As LLaVA's; a ``ValueError`` for a prompt above the trained length.
 
         There the published code stretches its rotary base and scales its queries, which this decoder does not.
         """
         length = (kwargs["inputs_embeds"] if input_ids is None else input_ids).shape[1]
-        if length > (limit := self.config.text_config.max_position_embeddings):
-            raise ValueError(f"Qwen-VL was trained on {limit} tokens, and this prompt has {length}; ask less")
+        if length > self.trained_length:
+            raise ValueError(
+                f"Qwen-VL was trained on {self.trained_length} tokens, and this prompt has {length}; ask less"
+            )
         return super().forward(input_ids, *args, **kwargs)
 
 
@@ -169,7 +173,7 @@ class QwenVLForConditionalGeneration(LlavaForConditionalGeneration):
     _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {}
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: Any):
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = QwenVLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaProcessor, Qwen2Tokenizer
+from transformers import GenerationConfig, LlavaProcessor, Qwen2Tokenizer
 from transformers.utils.hub import cached_file
 
 from vlmflow.models.processors import ProcessorError
@@ -57,7 +57,7 @@ def published_processor(path: str, settings: Mapping[str, Any], at: Mapping[str,
     vocabulary, merges = read_tiktoken(Path(file))
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=merges,
+        merges=merges,  # pyright: ignore[reportArgumentType] (pairs, as both ends of 5.0 to 5.23 read them)
         model_max_length=config.text_config.max_position_embeddings,
         padding_side="left",
         additional_special_tokens=list(SPECIAL[1:]),
@@ -81,9 +81,10 @@ def published_processor(path: str, settings: Mapping[str, Any], at: Mapping[str,
     )
 
 
-def answer_ends(tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, of which the published generation_config.json has the first only."""
-    return tokenizer.convert_tokens_to_ids([END, "<|im_end|>", "<|im_start|>"])
+def answer_settings(tokenizer: Any) -> GenerationConfig:
+    """Greedy, with three ends of an answer: the published generation_config.json samples, and knows the first only."""
+    ends = tokenizer.convert_tokens_to_ids([END, "<|im_end|>", "<|im_start|>"])
+    return GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
 
 
 def read_tiktoken(file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
