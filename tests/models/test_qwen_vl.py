@@ -6,6 +6,7 @@ eighth), the tower's output (every other embedding), the last logits of prompts,
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -324,5 +325,9 @@ def test_a_converted_model_is_the_same(folder, tmp_path):
 def test_what_cannot_be_converted_is_refused(folder, tmp_path):
     with pytest.raises(ModelError, match="only Qwen-VL and Qwen-VL-Chat of 2023 need to be converted"):
         convert("pico", tmp_path / "out")
+    done = shutil.copytree(folder, tmp_path / "done", ignore=shutil.ignore_patterns("*.bin"))
+    (done / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"cannot convert '.*/done': .*/done holds no weights \(\*\.bin\) to convert"):
+        convert(str(done), tmp_path / "out")
     done = CliRunner().invoke(app, ["convert", str(folder), str(folder)])
     assert (done.exit_code, "is not empty; choose another folder" in done.stderr) == (2, True)
