@@ -131,5 +131,8 @@ EQUIVALENT: list[tuple[str, str, str]] = [  # file, the change as a regular expr
     ("core/statistics.py", r"2_000_000", "how many resamples are drawn at once; the draws are the same"),
     ("core/statistics.py", r"np\.array\(\[number\[key\]", "numpy's own type for whole numbers"),
     ("core/widths.py", r"config\.scale_factor", "a single layer over merged patches: what is merged cancels out"),
+    ("engine/cache.py", r"^continue → break", "layers come in order: where a cache has none, it has none behind"),
+    ("*", r"^assert .*→ assert .*XX", "the words of an invariant of our own, which are promised to nobody"),
+    ("evaluate/tables.py", r"\"[+]?\.1F\"", "a finite number's letters, of which it has none"),
     ("pruners/method.py", r"high - low > 1e-12", "two floats that are just so far apart"),
 ]
