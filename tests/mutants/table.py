@@ -114,14 +114,14 @@ TESTS: dict[str, tuple[str, ...]] = {  # by file below the package: those that o
     "evaluate/sweep.py": _SWEEP,
     "evaluate/tables.py": ("tests/evaluate/test_tables.py", *_RECORDS),
     "flow/consistency.py": ("tests/flow/test_flow_consistency.py",),
-    "flow/contributions.py": _VERDICTS,
+    "flow/contributions.py": (*_VERDICTS, *_STUDY),
     "flow/knockout.py": ("tests/flow/test_knockout.py",),
     "flow/layers.py": _VERDICTS,
     "flow/prediction.py": _STUDY,
     "flow/saliency.py": ("tests/flow/test_saliency.py",),
     "flow/study.py": _STUDY,
     "flow/verdict.py": _VERDICTS,
-    "flow/windows.py": _VERDICTS,
+    "flow/windows.py": (*_VERDICTS, *_STUDY),
     "flow/withdrawal.py": ("tests/flow/test_withdrawal.py",),
 }
 
