@@ -166,7 +166,7 @@ def test_contributions_are_means_over_samples_not_over_images():
 
 def test_the_share_of_shallow_layers_is_of_all_layers():
     rows = [replace(row, found=row.found | {"s_sys": [0.5] * 3}) for row in rows_by_layer()]
-    (shallow, _), claims = halves(3), ByLayer().sum_up(rows, n_layers=3, seed=5)["hypotheses"]["H1"].claims
+    (shallow, _), claims = halves(3), ByLayer((0, 1, 2)).sum_up(rows, 4, 5)["hypotheses"]["H1"].claims
 
     def share(rows):
         each = [oracles.mean([row.found["s_vt"][layer] for row in rows]) for layer in range(3)]
