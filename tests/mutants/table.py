@@ -128,6 +128,7 @@ TESTS: dict[str, tuple[str, ...]] = {  # by file below the package: those that o
 EQUIVALENT: list[tuple[str, str, str]] = [  # file, the change as a regular expression, why no test can notice
     ("core/attention.py", r"1 << 26", "how much memory an accelerator is given; a processor never gets there"),
     ("core/cost.py", r"zip\(self\.kv_bytes", "costs of as many layers, as `Cost.__add__` has made sure"),
+    ("core/cost.py", r"- visible\(past\)", "visible pairs are counted of whole prompts alone, which have no past"),
     ("core/statistics.py", r"2_000_000", "how many resamples are drawn at once; the draws are the same"),
     ("core/statistics.py", r"np\.array\(\[number\[key\]", "numpy's own type for whole numbers"),
     ("core/widths.py", r"config\.scale_factor", "a single layer over merged patches: what is merged cancels out"),
