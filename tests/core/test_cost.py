@@ -354,9 +354,11 @@ def test_cost_of_himap_on_llava() -> None:
 
 def test_costs_add_over_samples() -> None:
     geometry = GEOMETRIES["llava-1.5-7b"]
-    a = cost_of(geometry, make_schedule(32, 576, HIMAP), 60)
-    b = cost_of(geometry, (0,) * 32, 10)
+    a = cost_of(geometry, make_schedule(32, 576, HIMAP), 60, grids=[(24, 24)])
+    b = cost_of(geometry, (0,) * 32, 10, grids=[(24, 12)])
     both = a + b
+    assert both.vision_flops == a.vision_flops + b.vision_flops > a.vision_flops
+    assert both.projector_flops == a.projector_flops + b.projector_flops > a.projector_flops
     assert both.samples == 2
     assert both.table()["mean_image_tokens"] == (288, 72, 0.25)
     assert both.pruned.exact_flops == a.pruned.exact_flops + b.pruned.exact_flops

@@ -8,7 +8,8 @@ import pytest
 
 import oracles
 from vlmflow.evaluate.rows import Row, rows_of
-from vlmflow.evaluate.tables import Result, budget_grid, group_grid, line_of, report, table_of
+from vlmflow.evaluate.tables import Result, budget_grid, find_results, group_grid, line_of, report, table_of
+from vlmflow.records.files import RecordError
 from vlmflow.records.folder import Folder
 from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, Line
 from vlmflow.records.table import Table
@@ -198,6 +199,13 @@ def test_a_table_as_markdown_and_as_csv():
     assert table.csv() == "method,a|b,p\nhimap,1|2,\nnone,3,0.5\n"
 
 
+def test_folders_that_hold_no_runs_are_refused_by_name(tmp_path):
+    with pytest.raises(RecordError, match=rf"^{tmp_path}/gone: no such folder$"):
+        find_results([tmp_path, tmp_path / "gone"][::-1])
+    with pytest.raises(RecordError, match=rf"^{tmp_path}: holds no results of vlmflow eval or sweep$"):
+        find_results([tmp_path])
+
+
 def costs(eq10: float, share: float, exact: float, unpruned: float = 8e12) -> dict:
     """Of four samples, as ``COSTS``."""
     return COSTS | {"paper_flops": (unpruned, eq10, share), "exact_flops": (16e12, 16e12 * exact, exact)}
@@ -268,9 +276,9 @@ def test_methods_of_one_name_are_told_apart_by_their_fields(tmp_path):
     def run(name, **fields):
         return finished(tmp_path / name, PRUNED, pruner={"name": "pyramiddrop", **fields})
 
-    made = report([run("a", layers=[8, 16], ratio=0.5), run("b", layers=[2, 4], ratio=0.123456)])
+    made = report([run("a", layers=[8, 16], ratio=0.5), run("b", layers=[2, 4], ratio=0.123456, seed=12345)])
     assert [row[1] for row in made.grids[0].rows] == [
         "pyramiddrop layers=8,16 ratio=0.5",
-        "pyramiddrop layers=2,4 ratio=0.123",
+        "pyramiddrop layers=2,4 ratio=0.123 seed=12345",
     ]
     assert [row[1] for row in report([run("c", ratio=0.5)]).grids[0].rows] == ["pyramiddrop"]

@@ -10,7 +10,7 @@ import pytest
 import oracles
 from vlmflow.core.statistics import Interval
 from vlmflow.flow.contributions import ByLayer, takes_over
-from vlmflow.flow.layers import in_words, named_layers
+from vlmflow.flow.layers import halves, in_words, named_layers
 from vlmflow.flow.verdict import HYPOTHESES, claim, figure_title, in_markdown, judged, judgements
 from vlmflow.flow.windows import ByWindow, ends
 from vlmflow.records.schema import StudyCounts, StudyRow, StudySummary
@@ -162,6 +162,17 @@ def test_contributions_are_means_over_samples_not_over_images():
             return image / question
 
         assert astuple(summary["image_to_instruction"][name]) == plain_interval(rows, share, 5)
+
+
+def test_the_share_of_shallow_layers_is_of_all_layers():
+    rows = [replace(row, found=row.found | {"s_sys": [0.5] * 3}) for row in rows_by_layer()]
+    (shallow, _), claims = halves(3), ByLayer((0, 1, 2)).sum_up(rows, 4, 5)["hypotheses"]["H1"].claims
+
+    def share(rows):
+        each = [oracles.mean([row.found["s_vt"][layer] for row in rows]) for layer in range(3)]
+        return sum(each[i] for i in shallow) / sum(each) - 0.5
+
+    assert astuple(claims[1].number) == plain_interval(rows, share, 5)
 
 
 def test_what_knockouts_take_is_a_mean_over_samples_not_over_images():
