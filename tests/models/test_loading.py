@@ -1,6 +1,7 @@
 """Checkpoints that are not what they seem: code of their own, weights that are missing, misnamed, misshapen, broken."""
 
 import ast
+import importlib
 import json
 import shutil
 import socket
@@ -8,16 +9,19 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from vlmflow import HiMAP
 from vlmflow.cli import app
-from vlmflow.models import ModelError, ModelWarning, Question, load, load_geometry, open_image
+from vlmflow.models import ModelError, ModelWarning, Question, ask, load, load_geometry, open_image
 from vlmflow.pico import MODEL_DIR, samples
 
 loading = sys.modules[load.__module__]
@@ -259,3 +263,26 @@ def test_prompts_behind_the_last_position_are_refused(tmp_path):
     vlm.encode([Question("What?", (image,))])
     with pytest.raises(ModelError, match=r"the prompt has 1\d\d\d tokens, and the model positions for 600; ask less"):
         vlm.encode([Question("What?", (image,)), Question("What?", (image, image))])
+
+
+def quantisation(package):
+    """To 8 bits, by one of the packages that do it."""
+    if package == "torchao":
+        return transformers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # those packages' own
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_quantised_checkpoints_load_and_are_pruned(package, tmp_path):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    plain = load("pico", "cpu")
+    settings = {"quantization_config": quantisation(package), "device_map": "cpu"}
+    transformers.AutoModelForImageTextToText.from_pretrained(MODEL_DIR, **settings).save_pretrained(tmp_path)
+    plain.processor.save_pretrained(tmp_path)
+    vlm = load(str(tmp_path), "cpu")
+    assert type(vlm.model.model.language_model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    question = Question("What color is the rook?", (open_image(SCENE.image),))
+    (quantised,), (whole,) = (ask(each, [question], HiMAP(k1=1, k2=3), 4) for each in (vlm, plain))
+    assert (quantised.answer.text, quantised.steps) == (whole.answer.text, whole.steps) == ("green", "576→288→72")
