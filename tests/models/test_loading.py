@@ -1,23 +1,27 @@
 """Checkpoints that are not what they seem: code of their own, weights that are missing, misnamed, misshapen, broken."""
 
 import ast
+import importlib
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from vlmflow import HiMAP
 from vlmflow.cli import app
 from vlmflow.core import hub
-from vlmflow.models import ModelError, ModelWarning, Question, load, load_geometry, open_image, read_attends
+from vlmflow.models import ModelError, ModelWarning, Question, ask, load, load_geometry, open_image, read_attends
 from vlmflow.pico import MODEL_DIR, samples
 
 ROOT = Path(__file__).parents[2]
@@ -315,3 +319,26 @@ def test_a_processor_that_fails_is_named(tmp_path):
     (folder / "processor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=r"its processor fails \(OverflowError: .*\); get the checkpoint again"):
         load(str(folder), "cpu").encode([Question("What?", (open_image(SCENE.image),))])
+
+
+def quantisation(package):
+    """To 8 bits, by one of the packages that do it."""
+    if package == "torchao":
+        return transformers.TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # those packages' own
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_quantised_checkpoints_load_and_are_pruned(package, tmp_path):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    plain = load("pico", "cpu")
+    settings = {"quantization_config": quantisation(package), "device_map": "cpu"}
+    transformers.AutoModelForImageTextToText.from_pretrained(MODEL_DIR, **settings).save_pretrained(tmp_path)
+    plain.processor.save_pretrained(tmp_path)
+    vlm = load(str(tmp_path), "cpu")
+    assert type(vlm.model.model.language_model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    question = Question("What color is the rook?", (open_image(SCENE.image),))
+    (quantised,), (whole,) = (ask(each, [question], HiMAP(k1=1, k2=3), 4) for each in (vlm, plain))
+    assert (quantised.answer.text, quantised.steps) == (whole.answer.text, whole.steps) == ("green", "576→288→72")

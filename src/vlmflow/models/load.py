@@ -168,13 +168,18 @@ def _check_finite(name: str, model: nn.Module) -> None:
     broken = [
         key
         for key, weight in weights
-        if weight.dtype in _FLOATS and not all(math.isfinite(bound) for bound in torch.aminmax(weight.detach()))
+        if weight.dtype in _FLOATS and not all(math.isfinite(bound) for bound in torch.aminmax(_plain(weight)))
     ]
     if broken:
         raise ModelError(
             f"cannot load {name!r}: {_counted(broken)} with values that are not finite (nan or inf); "
             "get the checkpoint again, or load it in a wider dtype"
         )
+
+
+def _plain(weight: nn.Parameter) -> torch.Tensor:
+    """The numbers of a weight; torchao's quantised ones, which pass for floats, know no minimum of their own."""
+    return weight.detach() if type(weight) is nn.Parameter else weight.detach().dequantize()
 
 
 def _counted(names: Sequence[str]) -> str:
