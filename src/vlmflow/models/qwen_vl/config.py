@@ -52,7 +52,7 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    sub_configs: ClassVar[Any] = {  # pyright: ignore[reportIncompatibleMethodOverride] (no property there)
+    sub_configs: ClassVar[Any] = {
         "text_config": Qwen2Config,
         "vision_config": QwenVLVisionConfig,
     }
