@@ -52,7 +52,7 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen"
-    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
+    sub_configs: ClassVar[Any] = {
         "text_config": Qwen2Config,
         "vision_config": QwenVLVisionConfig,
     }
@@ -63,7 +63,6 @@ class QwenVLConfig(PreTrainedConfig):
         vision_config: Any = None,
         visual: dict[str, Any] | None = None,
         image_token_id: int = 151859,
-        tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
         if visual is not None:
@@ -74,7 +73,7 @@ class QwenVLConfig(PreTrainedConfig):
         self.text_config = _made(text_config, Qwen2Config)
         self.vision_config = _made(vision_config, QwenVLVisionConfig)
         self.image_token_id = image_token_id
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
 def _published_text(fields: dict[str, Any]) -> Qwen2Config:
