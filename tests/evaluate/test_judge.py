@@ -447,7 +447,7 @@ def test_a_judge_that_fails_costs_no_answer_and_no_mark(serve, command, tmp_path
     said[0] = 503
     partly = command(*judged, "--json")
     assert partly.exit_code == 0, partly.output
-    assert "2, left out" in partly.stdout
+    assert "2, left out" in partly.stderr
     metric = json.loads(partly.stdout)["metric"]
     assert (metric["value"], metric["n"], metric["excluded"]) == (50, 1, 2)
     verdicts = json.loads((out / "verdicts.json").read_text())["verdicts"]

@@ -171,20 +171,19 @@ def test_a_table_of_lines_is_a_column_a_field():
     assert [dict(zip(table.header, row, strict=True)) for row in table.rows] == [vars(line) for line in LINES[:2]]
 
 
-def test_a_table_of_parts_has_each_ones_interval_by_the_runs_seed(tmp_path):
+def test_a_table_of_parts_has_each_ones_interval_and_its_images(tmp_path):
     """A column a run, a part of the benchmark a row, in the order in which they come."""
     groups = "bbabaabb"
     runs = {name: finished(tmp_path / name, scores, groups=groups) for name, scores in (("x", BARE), ("y", PRUNED))}
     grid = group_grid(list(runs.items()), "Scenes: by part")
-    assert (grid.header, grid.title) == (["", "x", "y"], "Scenes: by part")
+    assert (grid.header, grid.title) == (["", "images", "x", "y"], "Scenes: by part")
     assert [row[0] for row in grid.rows] == ["b", "a"]
-    for part, *cells in grid.rows:
+    for part, count, *cells in grid.rows:
         for scores, cell in zip((BARE, PRUNED), cells, strict=True):
             rows = [(score, image) for score, image, group in zip(scores, IMAGES, groups, strict=True) if group == part]
-            images = [image for _, image in rows]
-            resampled = oracles.resamples(rows, images, seed=3)
-            low, high, _ = oracles.middle_95([100 * oracles.mean([score for score, _ in drawn]) for drawn in resampled])
+            low, high = (100 * end for end in oracles.share_interval([(image, score) for score, image in rows]))
             value = 100 * oracles.mean([score for score, _ in rows])
+            assert count == len({image for _, image in rows})
             assert cell == f"{value:.1f} [{low:.1f}, {high:.1f}]"
     assert group_grid([("x", finished(tmp_path / "z", BARE))], "") is None
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmflow.core.grids import whole_tiles
 from vlmflow.core.statistics import Interval
 from vlmflow.figures import analysis, comparison, maps, style
 
@@ -206,7 +207,7 @@ def test_measurements_stand_above_what_was_promised(tmp_path):
 # -- pictures of image tokens, by their pixels
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
-GRIDS = [(2, 3), (2, 2)]  # rows and columns: tokens 0 to 5, then 6 to 9
+TILES = whole_tiles([(2, 3), (2, 2)])  # rows and columns: tokens 0 to 5, then 6 to 9
 CENTRES = [  # of each token in the two pictures side by side, three and two columns wide
     *((row + 0.5, column + 0.5) for row in range(2) for column in range(3)),
     *((row + 0.5, column + 3.5) for row in range(2) for column in range(2)),
@@ -249,7 +250,7 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade(tmp_path):
     """Tokens are numbered row by row, through all images."""
     whole = [RED] * 6 + [BLUE] * 4
     methods = {"himap": {2: [1, 3, 7], 8: [7]}}
-    maps.kept_patches(tmp_path / "a.png", pictures(), GRIDS, methods, "title")
+    maps.kept_patches(tmp_path / "a.png", pictures(), TILES, methods, "title")
     seen, first, second = panels(tmp_path / "a.png", {RED, BLUE, faded(RED), faded(BLUE)})
     assert tokens(seen) == whole
     for panel, kept in ((first, {1, 3, 7}), (second, {7})):
@@ -261,7 +262,7 @@ def test_each_map_has_its_own_scale_and_its_share(tmp_path):
     flows = {"into this": np.zeros((2, 10)), "into that": np.zeros((2, 10))}
     flows["into this"][0, [4, 6]] = 3, 1.5
     flows["into this"][1, 9] = 0.5
-    maps.flow_maps(tmp_path / "a", pictures(), GRIDS, [5, 11], flows, "title")
+    maps.flow_maps(tmp_path / "a", pictures(), TILES, [5, 11], flows, "title")
     full, greys = np.array([158, 25.5, 0]), [int(np.array(c) @ [0.299, 0.587, 0.114]) / 2 + 127 for c in (RED, BLUE)]
     blank = [np.full(3, greys[n > 5]) for n in range(10)]
     one, two, none = [*blank], [*blank], blank

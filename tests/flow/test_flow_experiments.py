@@ -381,7 +381,7 @@ def test_commands_write_figures_and_a_verdict(questions, tmp_path, command, draw
     summary = json.loads(made.stdout)
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     verdict = (tmp_path / "out/verdict.md").read_text()
-    assert verdict in made.stdout
+    assert verdict in made.stderr
     assert "## H1" in verdict
     assert "too few to trust intervals (under 20)" in verdict
     for stem in drawn:

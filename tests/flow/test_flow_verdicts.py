@@ -74,7 +74,7 @@ def test_intra_visual_flow_takes_over_once_visual_textual_flow_leads_no_more():
 
 
 @pytest.mark.parametrize(
-    ("images", "ends"), [(19, ", and from fewer than 20 they are too narrow."), (20, " over images.")]
+    ("images", "ends"), [(19, "; 19 images, too few to trust intervals (under 20)."), (20, " and else bootstraps.")]
 )
 def test_a_verdict_says_of_how_many_it_is_and_whether_to_believe_it(images, ends):
     claims = [
@@ -92,7 +92,7 @@ def test_a_verdict_says_of_how_many_it_is_and_whether_to_believe_it(images, ends
     page = in_markdown(summary, ["a section", "another"])
     assert page.startswith("# Saliency of llava on pico\n\n40 samples: 7 dropped, as they were answered")
     assert f"as well, 3 failed, 30 kept, about {images} images." in page
-    assert "first token was the likeliest for 50.0% [25.0%, 75.0%]. Intervals are 95 % bootstraps" in page
+    assert "first token was the likeliest for 50.0% [25.0%, 75.0%]. Intervals are of 95 % over images" in page
     opening, *sections = page.split("\n\n")[1:]
     assert opening.endswith(ends)
     assert sections == ["a section", "another\n"]
@@ -180,7 +180,7 @@ def test_what_knockouts_take_is_a_mean_over_samples_not_over_images():
     for number, image in enumerate(SEEN):
         blocked = {}
         for path, layers in experiment.conditions(4):
-            score, label, right = generator.uniform(0.1, 0.9, 3).tolist()
+            score, label, right = generator.uniform(0.1, 0.9), *generator.integers(2, size=2).tolist()
             blocked[f"{path} {','.join(map(str, layers))}"] = {"score": score, "label": label, "right": right}
         rows.append(StudyRow(f"{number}", (image,), right=number % 3 > 0, found={"blocked": blocked}))
     summary = experiment.sum_up(rows, n_layers=4, seed=6)
@@ -196,6 +196,9 @@ def test_what_knockouts_take_is_a_mean_over_samples_not_over_images():
     for measure in ("score", "label", "right"):
         for end, layers in enumerate(("0,1", "2,3")):
             expected = plain_interval(rows, lambda r, at=layers, m=measure: left(r, vt, at, m), 6)
+            if measure != "score":  # a share
+                each = [(row.images[0], row.found["blocked"][f"{vt} {layers}"][measure]) for row in rows]
+                expected = pytest.approx((left(rows, vt, layers, measure), *oracles.share_interval(each), 0))
             assert astuple(summary["consistency"][measure][vt][end]) == expected
         expected = plain_interval(rows, lambda r, m=measure: lost(r, vv, "2", m), 6)
         assert astuple(summary["lost"][measure][vv][2]) == expected

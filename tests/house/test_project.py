@@ -79,7 +79,7 @@ def test_the_page_quotes_the_engines_refusals():
 
 
 def test_the_demo_installs_no_developers_tools(tmp_path):
-    command = ["make", "--dry-run", "demo", f"VENV={tmp_path}"]
+    command = ["make", "--no-print-directory", "--dry-run", "demo", f"VENV={tmp_path}"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (installs,) = [line for line in said.splitlines() if "pip install" in line]
     assert installs.split()[2:] == ["--constraint", "constraints.txt", "--editable", "."]

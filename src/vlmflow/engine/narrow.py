@@ -103,9 +103,11 @@ class Narrowing:
         if not self.first and slots_of(layer) is None:
             return kwargs
         mask, place = kwargs.get("attention_mask"), kwargs.get("cache_position")
-        told = {name: self._shortened(name, value) for name, value in kwargs.items() if name != "attention_mask"}
+        own = "attention_mask", "cache_position"
+        told = {name: self._shortened(name, value) for name, value in kwargs.items() if name not in own}
         if not self.target.attends[layer_idx]:
-            return told | {"attention_mask": self._rows(mask)}
+            told["attention_mask"] = self._rows(mask)
+            return told if place is None else told | {"cache_position": place[: self.selection.index.shape[1]]}
         self._refuse(layer)
         if source == layer_idx:
             slots = self.held[layer_idx] = self.slots(layer)

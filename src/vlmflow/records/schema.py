@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter, ValidationError, WithJsonSchema
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from vlmflow.core.cost import Cost, Figures
 from vlmflow.core.grids import Tile
@@ -273,6 +274,15 @@ class EvaluationCounts:
     failed: int
 
 
+class SummedCost(TypedDict):
+    """``CostRecord`` of all prefills, and by measure the unpruned figure, the pruned one, and its share."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+    table: dict[str, tuple[float, float, float]]
+    samples: int
+    shares: dict[str, float]
+
+
 @dataclass(frozen=True)
 class EvaluationSummary:
     """``vlmflow eval``: a method on a task. ``metric`` is the task's own figure, None where nothing was answered.
@@ -289,7 +299,7 @@ class EvaluationSummary:
     answer_tokens: float | None
     tokens: float | None
     image_tokens: list[float]
-    cost: dict[str, Any] | None
+    cost: SummedCost | None
     format: int = FORMAT
 
 
