@@ -254,7 +254,7 @@ def llama4():
         "projector_output_dim": 64,
         "vision_output_dim": 64,
     }
-    config = Llama4Config(text_config=text, vision_config=vision, image_token_index=100)
+    config = Llama4Config(text_config=text, vision_config=vision, image_token_index=100, pad_token_id=0)
     model = Llama4ForConditionalGeneration(config).eval()
     tiny.randomize(model)
     return model

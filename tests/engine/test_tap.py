@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import tiny
 from vlmflow import VTW, HiMAP, PyramidDrop, Unpruned, attach
@@ -45,6 +47,8 @@ def test_a_witness_changes_nothing_and_knows_where_it_is(family, pruner, cache):
         "static": {"cache_implementation": "static", "disable_compile": True},
         "none": {"use_cache": False},
     }[cache]
+    if cache == "static" and family == "gemma3_window" and Version(transformers.__version__) < Version("5.12"):
+        pytest.skip("transformers keeps the static cache of a call that failed, half made")
     if cache == "static" and family == "gemma3_window" and pruner != Unpruned():
         with attach(small.model, pruner), pytest.raises(ValueError, match="a KV cache with sliding-window layers"):
             answer(small.model, batch, **how)
