@@ -225,6 +225,21 @@ class TestRefusesByFamily:
         with prune(model, HIMAP), pytest.raises(ValueError, match="counts positions in what is left from 28 tokens on"):
             logits(model, {"inputs_embeds": model.get_input_embeddings()(ids)})
 
+    def test_ministral_where_its_layers_take_slots_for_positions(self, copied, monkeypatch):
+        """As those of transformers 5.0 do."""
+        text = copied.model.language_model
+        grow = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 28}
+        text.config.rope_parameters = {**text.config.rope_parameters, **grow}
+        forward = text.layers[0].self_attn.forward
+        early = lambda *args, cache_position=None, **kwargs: forward(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(text.layers[0].self_attn, "forward", early)
+        ids = torch.tensor([[3] * 5 + [tiny.IMAGE] * 16 + [4] * 7])
+        with prune(copied, HIMAP) as trace:
+            logits(copied, {"inputs_embeds": copied.get_input_embeddings()(ids[:, :-1])})
+            assert trace.image_tokens[-1] == (4,)
+            with pytest.raises(ValueError, match=r"left from 28 tokens on, .* or take a newer transformers"):
+                logits(copied, {"inputs_embeds": copied.get_input_embeddings()(ids)})
+
     def test_ministral_with_flash_attention(self, copied):
         text = copied.model.language_model.config
         text._attn_implementation = "flash_attention_2"

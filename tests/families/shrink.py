@@ -77,18 +77,23 @@ TOKENS = {
 NOTES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 KINDS = ("layer_types", "mlp_layer_types")  # a word a layer
 ROPE = ("rope_parameters", "rope_scaling")
-# Before, their default configs did not build, eager attention gave no weights, or image features had another form.
+# Before, their default configs did not build, eager attention gave no weights, a part could not be switched to sdpa, or
+# image features had another form; Ministral 3 took slots for positions.
 SINCE = {
-    **dict.fromkeys(("fuyu", "phi4_multimodal", "pix2struct", "pixtral", "qwen3_omni_moe"), "5.12"),
-    **dict.fromkeys(("diffusion_gemma", "fast_vlm", "gemma4_unified", "minimax_m3_vl"), "5.23"),
+    **dict.fromkeys(
+        ("fuyu", "gemma3n", "lfm2_vl", "phi4_multimodal", "pix2struct", "pixtral", "qwen3_omni_moe"), "5.12"
+    ),
+    **dict.fromkeys(("blip-2", "diffusion_gemma", "fast_vlm", "gemma4_unified", "granite4_vision"), "5.23"),
+    **dict.fromkeys(("instructblip", "instructblipvideo", "llama4", "minimax_m3_vl"), "5.23"),
     "vision-encoder-decoder": "5.23",
+    "mistral3@ministral3": "5.12",
 }
 
 
 def is_installed(name: str) -> bool:
     """Whether this transformers has a type, in a form that can be tested."""
     kind = name.partition("@")[0]
-    return kind in types() and Version(hf.__version__) >= Version(SINCE.get(kind, "5.0"))
+    return kind in types() and Version(hf.__version__) >= Version(SINCE.get(name, SINCE.get(kind, "5.0")))
 
 
 def types() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,13 +65,18 @@ class Target:
         """Refuse a prompt whose length makes layers count positions in what they are given.
 
         Raises:
-            ValueError: Llama 4 scales queries without rotary positions by their place, from ``floor_scale`` tokens on.
+            ValueError: Llama 4 scales queries without rotary positions by their place, from ``floor_scale`` tokens on,
+                and so does Ministral 3 in early versions of transformers, where its layers get slots for positions.
         """
-        config = self.text.config
-        if getattr(config, "attn_temperature_tuning", False) and length >= config.floor_scale:
+        config, first, remedy = self.text.config, math.inf, ""
+        if getattr(config, "attn_temperature_tuning", False):
+            first, remedy = config.floor_scale, "set attn_temperature_tuning to False"
+        elif _scaling(config) and "cache_position" in inspect.signature(self.attention(0).forward).parameters:
+            first, remedy = config.rope_parameters["original_max_position_embeddings"], "take a newer transformers"
+        if length >= first:
             raise ValueError(
-                f"vlmflow: {type(self.core).__name__} counts positions in what is left from {config.floor_scale} "
-                f"tokens on, and this prompt has {length}; prune shorter ones, or set attn_temperature_tuning to False"
+                f"vlmflow: {type(self.core).__name__} counts positions in what is left from {first} tokens on, and "
+                f"this prompt has {length}; prune shorter ones, or {remedy}"
             )
 
     @property
@@ -150,6 +156,11 @@ def _refuse_state(model: nn.Module, core: PreTrainedModel) -> None:
         )
 
 
+def _scaling(config: Any) -> float | None:
+    """By how much queries grow with their positions."""
+    return (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta")
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
 
@@ -162,7 +173,7 @@ def _refuse_architecture(name: str, text: Any) -> None:
             f"vlmflow: {name} runs flex_attention, whose block masks cannot be narrowed; load it with "
             'attn_implementation="sdpa"'
         )
-    if is_flash(text.config) and (getattr(text.config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+    if is_flash(text.config) and _scaling(text.config):
         raise ValueError(
             f"vlmflow: {name} scales queries by their positions, which flash attention would take for packed texts "
             'where tokens are missing; load it with attn_implementation="sdpa"'

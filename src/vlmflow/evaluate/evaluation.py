@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 from vlmflow.core.cost import Cost
 from vlmflow.core.geometry import Geometry
@@ -19,7 +19,7 @@ from vlmflow.models import VLM, Question
 from vlmflow.pruners import Pruner
 from vlmflow.records.files import versions
 from vlmflow.records.folder import Folder
-from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, to_json
+from vlmflow.records.schema import EvaluationCounts, EvaluationSummary, SummedCost, to_json
 from vlmflow.tasks import Sample, Source, Task
 
 Price = Callable[[int, int, int], Cost | None]  # of a row's ``shape``
@@ -115,7 +115,7 @@ class Evaluation:
             answer_tokens=_mean([row.answer_tokens for row in good]),
             tokens=_mean([row.tokens for row in good]),
             image_tokens=[sum(layer) / len(layer) for layer in zip(*counts, strict=True)],
-            cost=cost and {"table": cost.table(), **cost.to_dict()},
+            cost=cost and cast(SummedCost, {"table": cost.table(), **cost.to_dict()}),
         )
         return to_json(summary)
 
