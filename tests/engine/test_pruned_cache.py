@@ -139,6 +139,20 @@ def test_a_cache_of_an_unknown_class_is_refused(llava):
         llava.model(**llava.samples[0], past_key_values=cache)
 
 
+def test_a_cache_of_another_make_is_refused(llava):
+    """As recurrent families had in early versions of transformers."""
+
+    class Own:
+        def __init__(self):
+            self.cache = DynamicCache(config=llava.model.config)
+
+        def __getattr__(self, name):
+            return getattr(self.cache, name)
+
+    with prune(llava.model, HIMAP), pytest.raises(ValueError, match="a KV cache of Own cannot hold a pruned prompt"):
+        llava.model(**llava.samples[0], past_key_values=Own())
+
+
 def test_decoding_keeps_no_mask_of_earlier_steps(llava, batch):
     with prune(llava.model, HIMAP), torch.no_grad():
         out = llava.model(**batch, use_cache=True)

@@ -77,8 +77,8 @@ TOKENS = {
 NOTES = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 KINDS = ("layer_types", "mlp_layer_types")  # a word a layer
 ROPE = ("rope_parameters", "rope_scaling")
-# Before, their default configs did not build, eager attention gave no weights, a part could not be switched to sdpa, or
-# image features had another form; Ministral 3 took slots for positions.
+# Before, their default configs did not build, eager attention gave no weights, a part could not be switched to sdpa,
+# image features had another form, or hybrids had caches of their own; Ministral 3 took slots for positions.
 SINCE = {
     **dict.fromkeys(
         ("fuyu", "gemma3n", "lfm2_vl", "phi4_multimodal", "pix2struct", "pixtral", "qwen3_omni_moe"), "5.12"
@@ -86,7 +86,7 @@ SINCE = {
     **dict.fromkeys(("blip-2", "diffusion_gemma", "fast_vlm", "gemma4_unified", "granite4_vision"), "5.23"),
     **dict.fromkeys(("instructblip", "instructblipvideo", "llama4", "minimax_m3_vl"), "5.23"),
     "vision-encoder-decoder": "5.23",
-    "mistral3@ministral3": "5.12",
+    **dict.fromkeys(("mistral3@ministral3", "qwen3_5", "qwen3_5_moe"), "5.12"),
 }
 
 

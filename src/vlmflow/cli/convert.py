@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmflow.cli.options import check_folder
-from vlmflow.cli.output import refusals
+from vlmflow.cli.output import refusals, say
 
 
 def convert(
@@ -28,4 +28,4 @@ def convert(
         from vlmflow.models import convert as write
 
         shards = write(model, folder, model_revision)
-    typer.echo(f"wrote {shards} shards with tokenizer and settings to {folder}")
+    say(f"wrote {shards} shards with tokenizer and settings to {folder}")

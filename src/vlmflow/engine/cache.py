@@ -160,8 +160,17 @@ def follow(layer_idx: int, source: int, hidden: Tensor, kwargs: dict[str, Any], 
     return kwargs if narrow is mask else {**kwargs, "attention_mask": narrow}
 
 
-def layer_of(past_key_values: Cache | None, layer_idx: int) -> CacheLayer | None:
-    """The cache's layer, or None where there is no cache or it has not grown that far."""
+def layer_of(past_key_values: Any, layer_idx: int) -> CacheLayer | None:
+    """The cache's layer, or None where there is no cache or it has not grown that far.
+
+    Raises:
+        ValueError: no cache of transformers' kind, as recurrent families had in its first versions.
+    """
+    if past_key_values is not None and not isinstance(past_key_values, Cache):
+        raise ValueError(
+            f"vlmflow: a KV cache of {type(past_key_values).__name__} cannot hold a pruned prompt; take a newer "
+            "transformers, or use_cache=False"
+        )
     if past_key_values is None or layer_idx >= len(past_key_values.layers):
         return None
     return past_key_values.layers[layer_idx]

@@ -106,8 +106,7 @@ class Narrowing:
         own = "attention_mask", "cache_position"
         told = {name: self._shortened(name, value) for name, value in kwargs.items() if name not in own}
         if not self.target.attends[layer_idx]:
-            told["attention_mask"] = self._rows(mask)
-            return told if place is None else told | {"cache_position": place[: self.selection.index.shape[1]]}
+            return told | {"attention_mask": self._rows(mask)}
         self._refuse(layer)
         if source == layer_idx:
             slots = self.held[layer_idx] = self.slots(layer)
